@@ -1,0 +1,56 @@
+# Every target is one line over the `gemma-gguf` command, run from a virtual environment that is made on first use.
+PYTHON ?= python3
+MODEL ?= demo
+LLAMA_CPP ?= pypi:0.3.36
+# Extra options of `gemma-gguf run`, for example: make all-quants ARGS="--recipes Q4_K_M,Q6_K"
+ARGS ?=
+# Where pip finds no CPU build of torch, it downloads several GB for CUDA; PyTorch's own CPU index avoids that:
+# make all-quants TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+.DEFAULT_GOAL := help
+.PHONY: help all-quants build card test check fmt calibration-table clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+all-quants: $(VENV)/.run  ## the whole quant set of MODEL (default: the demo, Gemma 3 270M)
+	$(BIN)/gemma-gguf run "$(MODEL)" --llama-cpp "$(LLAMA_CPP)" $(ARGS)
+
+build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
+	$(BIN)/gemma-gguf build --llama-cpp "$(LLAMA_CPP)" $(ARGS)
+
+test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## lint, formatting and types; changes nothing
+	$(BIN)/ruff check gemma_gguf tests
+	$(BIN)/ruff format --check gemma_gguf tests
+	$(BIN)/mypy
+
+fmt: $(VENV)/.dev  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix gemma_gguf tests
+	$(BIN)/ruff format gemma_gguf tests
+
+calibration-table: $(VENV)/.run  ## write calibration/parts.toml anew after editing the texts
+	$(BIN)/python -c "from gemma_gguf import calibration; print(calibration.write_table())"
+
+clean:  ## remove the virtual environment and everything under out/.work
+	rm -rf $(VENV) out/.work
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	$(PIP_INSTALL) -e '.[build,convert,demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.run
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@

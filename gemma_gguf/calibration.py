@@ -1,0 +1,210 @@
+"""Which text the imatrix is computed from, and which text quality is measured on.
+
+Consumes a name: `default` (the mix in `calibration/`, ours, CC0), a file of the user's, or a well-known public set
+that is fetched when the network allows. Produces a `Text` with its hash. The mix and the held-out text are disjoint:
+no sequence of eight words stands twice in the two together (tests check it). Documents of all parts are interleaved,
+so that the first chunks of either text already hold every kind: `--chunks` cuts depth, not variety.
+"""
+
+import difflib
+import random
+import tomllib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_gguf.errors import BadInputError, GemmaGGUFError
+from gemma_gguf.files import sha256_bytes, write_atomic
+from gemma_gguf.resources import CALIBRATION
+
+SEPARATOR = "\n%%%%\n"  # between documents of one part
+SPLITS = ("mix", "heldout")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of `calibration/`: `split/kind-name.txt`, as its row in `parts.toml` says."""
+
+    split: str
+    name: str
+    kind: str
+    n_documents: int
+    n_bytes: int
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        return CALIBRATION / self.split / f"{self.name}.txt"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A calibration or held-out text: what it is called, where it came from, its UTF-8 bytes."""
+
+    name: str
+    source: str
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return sha256_bytes(self.data)
+
+    @property
+    def file_name(self) -> str:
+        """The bare name that ends in the GGUF key `quantize.imatrix.dataset`."""
+        return f"calibration-{self.name}.txt"
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A text that others publish: a plain URL, or a file of a Hub dataset repository."""
+
+    about: str
+    url: str = ""
+    hub_repo: str = ""
+    hub_file: str = ""
+
+
+PUBLIC_SETS = {
+    "bartowski-v3": PublicSet(
+        "bartowski's calibration_datav3, used for most of his sets",
+        url="https://gist.githubusercontent.com/bartowski1182/eb213dccb3571f863da82e99418f81e8/raw/calibration_datav3.txt",
+    ),
+    "groups-merged": PublicSet(
+        "kalomaze's groups_merged, short and very mixed", hub_repo="froggeric/imatrix", hub_file="groups_merged.txt"
+    ),
+    "technical": PublicSet("froggeric's technical text", hub_repo="froggeric/imatrix", hub_file="technical.txt"),
+}
+
+
+def parts(split: str | None = None) -> list[Part]:
+    """The rows of `parts.toml`, of one split or of both."""
+    table = tomllib.loads((CALIBRATION / "parts.toml").read_text(encoding="utf-8"))
+    rows = [Part(**row) for row in table["part"]]
+    return [row for row in rows if split in (None, row.split)]
+
+
+def scan_parts() -> list[Part]:
+    """What `parts.toml` should say: one row for every file that is there."""
+    found = []
+    for split in SPLITS:
+        for path in sorted((CALIBRATION / split).glob("*.txt")):
+            data = path.read_bytes()
+            documents = data.decode("utf-8").count(SEPARATOR) + 1
+            kind = path.stem.partition("-")[0]
+            found.append(Part(split, path.stem, kind, documents, len(data), sha256_bytes(data)))
+    return found
+
+
+def write_table() -> Path:
+    """Write `parts.toml` anew from the files; for whoever edits the texts (`make calibration-table`)."""
+    lines = [
+        "# The parts of the calibration mix and of the held-out text; `make calibration-table` writes this file.\n"
+    ]
+    for part in scan_parts():
+        lines.append(
+            f'[[part]]\nsplit = "{part.split}"\nname = "{part.name}"\nkind = "{part.kind}"\n'
+            f'n_documents = {part.n_documents}\nn_bytes = {part.n_bytes}\nsha256 = "{part.sha256}"\n'
+        )
+    table = CALIBRATION / "parts.toml"
+    write_atomic(table, "\n".join(lines))
+    return table
+
+
+def _interleaved(split: str) -> Text:
+    """All documents of a split in a fixed order that keeps every kind spread over the whole length.
+
+    Each document gets a place at an even distance within its kind, shifted by a seeded random number.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for part in parts(split):
+        data = part.path.read_bytes()
+        if sha256_bytes(data) != part.sha256:
+            raise BadInputError(
+                f"{part.path} is not the text that calibration/parts.toml names",
+                next_step="Restore it, or write the table anew with: make calibration-table",
+            )
+        by_kind.setdefault(part.kind, []).extend(data.decode("utf-8").strip("\n").split(SEPARATOR))
+    placed: list[tuple[float, str]] = []
+    rng = random.Random(20261122)
+    for documents in by_kind.values():
+        rng.shuffle(documents)
+        offset = rng.random()
+        placed += [((i + offset) / len(documents), text) for i, text in enumerate(documents)]
+    placed.sort()
+    joined = "\n\n".join(text.strip("\n") for _, text in placed) + "\n"
+    return Text("default" if split == "mix" else "heldout", f"gemma-gguf calibration/{split}", joined.encode("utf-8"))
+
+
+def held_out() -> Text:
+    """The text that quality is measured on; never part of any imatrix of ours."""
+    return _interleaved("heldout")
+
+
+def load(name: str, download_dir: Path) -> Text:
+    """The calibration text called `name`: `default`, a public set, or a file.
+
+    Raises `BadInputError` for an unknown name (with the nearest ones), an empty file, or bytes that are not UTF-8;
+    `GemmaGGUFError` when a public set cannot be fetched.
+    """
+    if name == "default":
+        return _interleaved("mix")
+    if name in PUBLIC_SETS:
+        return _fetch(name, PUBLIC_SETS[name], download_dir)
+    path = Path(name)
+    if not path.is_file():
+        known = ["default", *PUBLIC_SETS]
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+        meant = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise BadInputError(
+            f"there is no calibration file or set called {name!r}",
+            next_step=f"{meant}Give a text file or one of: {', '.join(known)}.",
+        )
+    return _checked(Text(_safe_stem(path), path.name, path.read_bytes()), path)
+
+
+def _safe_stem(path: Path) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in path.stem)[:80] or "text"
+
+
+def _checked(text: Text, where: Path | str) -> Text:
+    try:
+        if not text.data.decode("utf-8").strip():
+            raise BadInputError(f"the calibration text {where} is empty", next_step="Give a file with some text in it.")
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"the calibration text {where} is not UTF-8 ({error.reason} at byte {error.start})",
+            next_step="Convert it, for example with iconv -t UTF-8.",
+        ) from error
+    return text
+
+
+def _fetch(name: str, public: PublicSet, download_dir: Path) -> Text:
+    if public.url:
+        source = public.url
+        target = download_dir / f"{name}.txt"
+        if not target.is_file():
+            try:
+                with urllib.request.urlopen(public.url, timeout=60) as answer:
+                    write_atomic(target, answer.read())
+            except (urllib.error.URLError, OSError) as error:
+                raise _unreachable(name, source, error) from error
+        return _checked(Text(name, source, target.read_bytes()), source)
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow to import, needed for public sets alone
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    source = f"hf.co/datasets/{public.hub_repo}/{public.hub_file}"
+    try:
+        path = hf_hub_download(public.hub_repo, public.hub_file, repo_type="dataset")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise _unreachable(name, source, error) from error
+    return _checked(Text(name, source, Path(path).read_bytes()), source)
+
+
+def _unreachable(name: str, source: str, error: Exception) -> GemmaGGUFError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return GemmaGGUFError(
+        f"the calibration set {name} cannot be fetched from {source}: {reason}",
+        next_step="Check the network, or use --calibration default or a file of your own.",
+    )

@@ -1,0 +1,321 @@
+"""The command line: parse, call `factory`, show. The one place where errors become text and exit codes.
+
+Exit code 0: done. 1: something the user can mend, with one clear error. 2: wrong usage. 130: stopped by Ctrl-C.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import gemma_gguf
+from gemma_gguf import calibration, demo, factory, llama_cpp, manifest, recipes
+from gemma_gguf.console import Console
+from gemma_gguf.errors import GemmaGGUFError, VerificationError
+from gemma_gguf.factory import Options
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Group(click.Group):
+    """Turns errors of any command into text, in one place."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GemmaGGUFError as error:
+            _console(ctx).error(error)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _console(ctx).interrupted()
+            sys.exit(130)
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes, with an optional decimal unit: 200GB, 1.5TB, 7000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no size; write for example 200GB", param, ctx)
+        return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def _console(ctx: click.Context) -> Console:
+    console = ctx.find_object(Console)
+    return console if console is not None else Console()
+
+
+def _with_options(*options: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    # On the root context: errors are shown after the command's own context has gone.
+    ctx.find_root().obj = Console(as_json=value)
+
+
+_json = click.option(
+    "--json", is_flag=True, callback=_set_json, expose_value=False, help="Print one JSON document on stdout."
+)
+_wait = click.option("--wait", is_flag=True, help="Wait for another run instead of refusing.")
+_build_options = _with_options(
+    click.option(
+        "--llama-cpp",
+        "llama_cpp_spec",
+        default=llama_cpp.DEFAULT_SPEC,
+        show_default=True,
+        metavar="SOURCE",
+        help="pypi:<llama-cpp-python version>, git:<tag or commit> or dir:<path>.",
+    ),
+    click.option(
+        "--backend", type=click.Choice(list(llama_cpp.BACKENDS)), default="cpu", show_default=True, help="ggml backend."
+    ),
+    click.option("--cmake-arg", "cmake_args", multiple=True, metavar="ARG", help="Added to CMake's arguments."),
+    _wait,
+)
+_run_options = _with_options(
+    click.argument("model"),
+    click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("out"),
+        show_default=True,
+        help="Where sets go.",
+    ),
+    click.option("--recipes", "recipe_names", metavar="A,B,...", help="Rows to make (default: all 27; see `recipes`)."),
+    click.option(
+        "--calibration",
+        "calibration_name",
+        default="default",
+        show_default=True,
+        metavar="NAME|FILE",
+        help=f"Calibration text: default, {', '.join(calibration.PUBLIC_SETS)}, or a file.",
+    ),
+    click.option("--chunks", type=click.IntRange(1), help="Use only the first N chunks of it (default: all)."),
+    click.option("--imatrix", type=click.Path(path_type=Path, dir_okay=False), help="Use this imatrix; compute none."),
+    click.option(
+        "--base",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Use this BF16, F16 or F32 GGUF; convert nothing.",
+    ),
+    click.option("--threads", type=click.IntRange(1), help="Threads of llama.cpp's tools (default: all cores)."),
+    click.option(
+        "--gpu-layers", type=click.IntRange(0), default=0, show_default=True, help="Layers on the GPU for the imatrix."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["fanout", "llama-quantize"]),
+        default="fanout",
+        show_default=True,
+        help="What quantises: all files at once, or llama-quantize once per recipe; the bytes are the same.",
+    ),
+    click.option("--jobs", type=click.IntRange(1), help="Worker processes of the fan-out engine (default: all cores)."),
+    click.option(
+        "--disk-budget", type=_Size(), metavar="SIZE", help="Use no more than this for new files, e.g. 200GB."
+    ),
+    click.option(
+        "--proof/--no-proof",
+        default=True,
+        show_default=True,
+        help="Make one small recipe with llama-quantize, too, and compare sha256.",
+    ),
+    click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size, time and inode."),
+    _build_options,
+    _json,
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(gemma_gguf.__version__, prog_name="gemma-gguf")
+def main() -> None:
+    """From a Gemma checkpoint to a verified set of GGUF quants, with llama.cpp."""
+
+
+@main.command()
+@_build_options
+@_json
+@click.pass_context
+def build(ctx: click.Context, llama_cpp_spec: str, backend: str, cmake_args: tuple[str, ...], wait: bool) -> None:
+    """Build llama.cpp, or find the build in the cache.
+
+    \b
+    gemma-gguf build --llama-cpp git:b9999 --backend cuda
+    """
+    console = _console(ctx)
+    made = llama_cpp.build(
+        llama_cpp_spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=console.progress
+    )
+    console.say(f"llama.cpp {made.version}, commit {made.commit[:9]}, {made.backend}: {made.bin_dir}")
+    console.document(made.facts())
+
+
+def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
+    console = _console(ctx)
+    names = given["recipe_names"]
+    options = Options(
+        model=given["model"],
+        name=given["name"],
+        out=given["out"],
+        recipes=tuple(n.strip() for n in names.split(",") if n.strip()) if names else recipes.DEFAULT_NAMES,
+        llama_cpp=given["llama_cpp_spec"],
+        backend=given["backend"],
+        cmake_args=given["cmake_args"],
+        calibration=given["calibration_name"],
+        chunks=given["chunks"],
+        threads=given["threads"],
+        gpu_layers=given["gpu_layers"],
+        imatrix=given["imatrix"],
+        base=given["base"],
+        engine=given["engine"],
+        jobs=given["jobs"],
+        disk_budget=given["disk_budget"],
+        proof=given["proof"],
+        until=until,
+        rehash=given["rehash"],
+        wait=given["wait"],
+        templates=given.get("templates"),
+    )
+    if options.model == "demo":
+        console.say(demo.TERMS)
+    report = factory.run(options, progress=console.progress, say=console.did)
+    console.report(report)
+    facts = manifest.load(report.set_dir)
+    console.document(
+        {
+            "set_dir": str(report.set_dir),
+            "log": str(report.log),
+            "seconds": round(report.seconds, 1),
+            "done": [vars(done) for done in report.done],
+            "manifest": facts.model_dump(mode="json"),
+        }
+    )
+
+
+_templates = click.option(
+    "--templates",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Directory whose templates override the card's, file by file.",
+)
+
+
+@main.command()
+@_run_options
+@_templates
+@click.pass_context
+def run(ctx: click.Context, /, **given: Any) -> None:
+    """Make the whole quant set of MODEL: demo, a checkpoint directory, or a hub id with an optional @revision.
+
+    \b
+    gemma-gguf run google/gemma-3-4b-it
+    gemma-gguf run ./my-gemma --name me/my-gemma --recipes Q4_K_M,Q6_K
+    """
+    _run(ctx, "card", **given)
+
+
+@main.command()
+@_run_options
+@click.pass_context
+def convert(ctx: click.Context, /, **given: Any) -> None:
+    """Convert MODEL to its BF16 base and projectors, and stop there.
+
+    \b
+    gemma-gguf convert google/gemma-3-4b-it
+    """
+    _run(ctx, "convert", **given)
+
+
+@main.command()
+@_run_options
+@click.pass_context
+def imatrix(ctx: click.Context, /, **given: Any) -> None:
+    """Compute the importance matrix of MODEL (converting first if needed), and stop there.
+
+    \b
+    gemma-gguf imatrix demo --calibration my-text.txt
+    """
+    _run(ctx, "imatrix", **given)
+
+
+@main.command()
+@_run_options
+@click.pass_context
+def quantize(ctx: click.Context, /, **given: Any) -> None:
+    """Make the quants of MODEL (and what they need), without a card.
+
+    \b
+    gemma-gguf quantize demo --recipes Q4_0,IQ4_NL
+    """
+    _run(ctx, "quantize", **given)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@_json
+@click.pass_context
+def verify(ctx: click.Context, directory: Path) -> None:
+    """Read every file of the set in DIRECTORY again and compare it with its manifest.
+
+    \b
+    gemma-gguf verify out/google_gemma-3-270m-GGUF
+    """
+    console = _console(ctx)
+    results = factory.verify_set(directory, progress=console.progress)
+    console.verified(results)
+    bad = [result for result in results if result.problem is not None]
+    if bad:
+        first = bad[0]
+        raise VerificationError(
+            f"{len(bad)} of {len(results)} files are not what {manifest.FILE_NAME} says, "
+            f"first {first.name}: {first.problem}",
+            next_step="Delete them and run `gemma-gguf run` again: only what is missing is made.",
+        )
+    console.document({"files": [vars(result) for result in results], "whole": True})
+
+
+@main.command()
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+@_templates
+@_json
+@click.pass_context
+def card(ctx: click.Context, directories: tuple[Path, ...], templates: Path | None) -> None:
+    """Render README.md of each set anew from its quantset.json.
+
+    \b
+    gemma-gguf card out/*-GGUF
+    """
+    console = _console(ctx)
+    written = {str(directory): factory.write_card(directory, templates) for directory in directories}
+    for directory, made in written.items():
+        console.say(f"{directory}: {'written' if made else 'unchanged'}")
+    console.document({"cards": written})
+
+
+@main.command(name="recipes")
+@_json
+@click.pass_context
+def recipes_command(ctx: click.Context) -> None:
+    """List the rows a set can have, and what each is.
+
+    \b
+    gemma-gguf recipes
+    """
+    console = _console(ctx)
+    rows = [
+        (r.name, r.ftype, "default" if r in recipes.DEFAULT else "on request", r.about) for r in recipes.TABLE.values()
+    ]
+    console.table(("Recipe", "ftype", "Made", "What it is"), rows)
+    console.document({"recipes": [dict(zip(("name", "ftype", "made", "about"), row, strict=True)) for row in rows]})

@@ -1,0 +1,136 @@
+"""The only user of rich: progress, tables, hints, and the `--json` document.
+
+Consumes values of the stages, produces text for people on stderr and, with `--json`, one JSON document on stdout.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from gemma_gguf.card import gigabytes
+from gemma_gguf.errors import GemmaGGUFError
+from gemma_gguf.factory import Done, Report, Verified
+
+PLAIN_SECONDS = 20.0  # between progress lines when nobody watches a terminal
+
+
+class Console:
+    """Talks to a person on stderr; `as_json` adds one document on stdout."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._err = RichConsole(stderr=True, soft_wrap=True, highlight=False)
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        self._label = ""
+        self._said_at = 0.0
+
+    def progress(self, label: str, done: float, total: float, unit: str = "") -> None:
+        """One bar at a time on a terminal; elsewhere a plain line now and then."""
+        if not self._err.is_terminal:
+            now = time.monotonic()
+            if label != self._label or now - self._said_at > PLAIN_SECONDS:
+                self._label, self._said_at = label, now
+                self._err.print(escape(f"  {label}: {done:.0f}/{total:.0f} {unit}"))
+            return
+        if self._bar is None or label != self._label:
+            self._end_bar()
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(escape(unit)),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=self._err, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(escape(label), total=total)
+            self._label = label
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._label = ""
+
+    def did(self, done: Done) -> None:
+        """A line for something made or skipped."""
+        self._end_bar()
+        size = f"  {gigabytes(done.n_bytes)}" if done.n_bytes is not None else ""
+        if done.made:
+            self._err.print(f"[green]made[/]  {done.stage:<9} {escape(done.name)}{size}  {done.seconds:.1f} s")
+        else:
+            self._err.print(f"[dim]kept[/]  {done.stage:<9} {escape(done.name)}{size}  [dim]({escape(done.why)})[/]")
+
+    def say(self, text: str) -> None:
+        """A plain line for a person."""
+        self._end_bar()
+        self._err.print(escape(text))
+
+    def report(self, report: Report) -> None:
+        """The closing table of a run: what, how big, how long, and where."""
+        self._end_bar()
+        made = [done for done in report.done if done.n_bytes is not None]
+        rows = [
+            (done.name, gigabytes(done.n_bytes or 0), f"{done.seconds:.1f} s" if done.made else "kept", done.stage)
+            for done in made
+        ]
+        self.table(("File", "Size", "Time", "Stage"), rows, right=(1, 2))
+        n_made = sum(done.made for done in made)
+        files = "file" if n_made == 1 else "files"
+        self._err.print(f"{n_made} {files} made, {len(made) - n_made} kept, in {report.seconds:.0f} s")
+        self._err.print(f"The set: {escape(shown_path(report.set_dir))}")
+        if report.log.is_file():
+            self._err.print(f"The log: {escape(shown_path(report.log))}")
+
+    def verified(self, results: Sequence[Verified]) -> None:
+        """One line per file of a set that was checked."""
+        self._end_bar()
+        rows = [(result.name, "whole" if result.problem is None else result.problem) for result in results]
+        self.table(("File", "Verdict"), rows)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+        """A table whose cells are never cut."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index in right else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self._err.print(table)
+
+    def error(self, error: GemmaGGUFError) -> None:
+        """What happened, what to do next, where the whole story is."""
+        self._end_bar()
+        self._err.print(f"[bold red]error:[/] {escape(error.what)}")
+        if error.next_step:
+            self._err.print(f"[bold]next:[/]  {escape(error.next_step)}")
+        if error.log is not None:
+            self._err.print(f"[bold]log:[/]   {escape(shown_path(error.log))}")
+        self.document({"error": error.what, "next_step": error.next_step, "log": str(error.log) if error.log else None})
+
+    def interrupted(self) -> None:
+        """After Ctrl-C: what stays, and how to go on."""
+        self._end_bar()
+        self._err.print("\nstopped; finished files stay. Run the same command again to go on.")
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """The one JSON document on stdout, when it was asked for."""
+        if self.as_json:
+            print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def shown_path(path: Path) -> str:
+    """A path relative to the working directory when it lies below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

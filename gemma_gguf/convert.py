@@ -1,0 +1,128 @@
+"""Checkpoint -> BF16 base GGUF, and `mmproj` for models that see or hear; through llama.cpp's own converter.
+
+Consumes a `Source` and a `Build`, produces files in the work directory. The converter copies the directory's name
+and the model card into keys, so it runs on a staged directory with a stable name that holds links to exactly the
+needed files, and runs offline. It is the only step that imports torch, in its own process.
+"""
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_gguf import gguf_io
+from gemma_gguf.errors import MissingToolError, VerificationError
+from gemma_gguf.files import PARTIAL
+from gemma_gguf.gguf_io import Header
+from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
+from gemma_gguf.progress import Progress, silent
+from gemma_gguf.source import Source
+
+MMPROJ_TYPES = ("f16", "bf16", "f32")
+CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One output of the converter, still under a partial name. `recipe` is None for an mmproj."""
+
+    final_name: str
+    partial: Path
+    header: Header
+    argv: tuple[str, ...]
+    seconds: float
+
+
+def base_name(stem: str) -> str:
+    """File name of the BF16 row, which is the base itself."""
+    return f"{stem}-bf16.gguf"
+
+
+def mmproj_name(stem: str, outtype: str) -> str:
+    return f"mmproj-{stem}-{outtype}.gguf"
+
+
+def output_names(source: Source) -> list[str]:
+    """Final names of everything that conversion of this model makes, the base first."""
+    stem = source.name.stem
+    projectors = [mmproj_name(stem, t) for t in MMPROJ_TYPES] if source.facts.vision or source.facts.audio else []
+    return [base_name(stem), *projectors]
+
+
+def stage_checkpoint(source: Source, work: Path) -> Path:
+    """A directory called like the model with links to the needed files, and nothing else."""
+    staged = work / "checkpoint" / source.name.model
+    shutil.rmtree(staged.parent, ignore_errors=True)
+    for file in source.files:
+        link = staged / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((source.path / file).resolve())
+    return staged
+
+
+def converter_argv(build: Build, staged: str, outtype: str, outfile: str, *, mmproj: bool) -> list[str]:
+    """The converter's command line; paths are relative to the work directory, so none of this machine's is kept."""
+    kind = ["--mmproj"] if mmproj else []
+    return [sys.executable, str(build.converter), staged, "--outtype", outtype, "--outfile", outfile, *kind]
+
+
+def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: Progress = silent) -> list[Converted]:
+    """Convert the checkpoint: the BF16 base and, for multimodal models, an mmproj in f16, bf16 and f32.
+
+    Raises `MissingToolError` without the `convert` extra, `ToolFailedError` when the converter fails, and
+    `VerificationError` when what it wrote is not what the checkpoint holds.
+    """
+    missing = [name for name in CONVERTER_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingToolError(
+            f"the converter needs {', '.join(missing)}", next_step="pip install 'gemma-gguf[convert]'"
+        )
+    staged = stage_checkpoint(source, work).relative_to(work).as_posix()
+    stem = source.name.stem
+    base = _convert_one(build, work, staged, "bf16", base_name(stem), mmproj=False, log=log, progress=progress)
+    made = [base]
+    if len(output_names(source)) > 1:
+        for outtype in MMPROJ_TYPES:
+            name = mmproj_name(stem, outtype)
+            made.append(_convert_one(build, work, staged, outtype, name, mmproj=True, log=log, progress=progress))
+        _check_projectors(source.facts.n_parameters, base.header, made[1:])
+    shutil.rmtree(work / "checkpoint")
+    return made
+
+
+def _convert_one(
+    build: Build, work: Path, staged: str, outtype: str, name: str, *, mmproj: bool, log: RunLog, progress: Progress
+) -> Converted:
+    # With --mmproj the converter puts `mmproj-` before the name it is given.
+    outfile = f"{Path(name).stem}{PARTIAL}.gguf".removeprefix("mmproj-" if mmproj else "")
+    written = work / (f"mmproj-{outfile}" if mmproj else outfile)
+    written.unlink(missing_ok=True)
+
+    def show(piece: str) -> None:
+        if match := re.match(r"Writing: +(\d+)%", piece):
+            progress(f"converting {name}", int(match[1]), 100, "%")
+
+    argv = converter_argv(build, staged, outtype, outfile, mmproj=mmproj)
+    done = run_tool(argv, log=log, cwd=work, env=python_env(build), on_piece=show)
+    header = gguf_io.read_header(written)
+    if not header.tensors:
+        raise VerificationError(f"the converter wrote {name} without a single tensor", log=log.path)
+    recorded = ("python", build.converter.name, *argv[2:])
+    return Converted(name, written, header, recorded, done.seconds)
+
+
+def _check_projectors(n_parameters: int, base: Header, projectors: Sequence[Converted]) -> None:
+    """All three hold the same tensors, and about as many weights as the checkpoint has beyond its text model."""
+    first = projectors[0].header
+    for other in projectors[1:]:
+        if set(other.header.by_name) != set(first.by_name):
+            raise VerificationError(f"{other.final_name} holds other tensors than {projectors[0].final_name}")
+    beyond_text = n_parameters - base.n_elements
+    if first.n_elements < 0.5 * beyond_text:
+        raise VerificationError(
+            f"{projectors[0].final_name} holds {first.n_elements:,} weights in {len(first.tensors)} tensors, but the "
+            f"checkpoint has {beyond_text:,} beyond its text model: the projector is not whole"
+        )

@@ -1,0 +1,419 @@
+"""The fan-out engine: each distinct (tensor, ggml type) is quantised once for the whole set.
+
+Consumes the plans that llama-quantize printed (`--dry-run`), the base and the imatrix; produces partial files that
+hold, byte for byte, what llama-quantize of the same build writes. All shapes and types are known beforehand, so every
+header, size and offset is: the headers are written and the space reserved first, then tasks fill in tensor data in any
+order. A journal records finished tasks; a killed run resumes there.
+
+The journal has one line per task, written when the task's bytes are in the files, and a `sync` line after they are
+flushed to the disk. Lines up to the last `sync` hold after anything, later ones while the machine has not restarted
+since: then the page cache has kept what a killed process wrote. The boot id tells the two apart.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+
+from gemma_gguf import gguf_io, tasks
+from gemma_gguf.errors import BadInputError, GemmaGGUFError, ToolFailedError
+from gemma_gguf.files import append_line, fsync, preallocate, sha256_bytes, write_at, write_atomic
+from gemma_gguf.gguf_io import Header, NewHeader, n_bytes_of
+from gemma_gguf.plan import FilePlan
+from gemma_gguf.progress import Progress, silent
+from gemma_gguf.tasks import TaskDone
+
+TASK_ELEMENTS = 1 << 19  # a worker holds one task: about 4 MB, and at most seconds of work are in flight
+TASKS_AHEAD = 4  # handed to the executor per worker, so that none waits for the driver
+SYNC_SECONDS = 60.0
+RESTARTS = 3  # of the pool when a worker was killed from outside
+COPY_SPEED = 1e9  # elements per second that copied tensors count for in estimates
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file to be made: which recipe, where it is written, its header and its plan."""
+
+    recipe: str
+    partial: Path
+    header: NewHeader
+    plan: FilePlan
+
+
+@dataclass
+class Figures:
+    """What a fan-out did, summed over its tasks. Seconds are CPU seconds of the workers."""
+
+    tasks: int = 0
+    resumed_tasks: int = 0
+    cpu_seconds: float = 0.0
+    quantize_seconds: float = 0.0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    wall_seconds: float = 0.0
+    # (share of the work done, seconds since the start) at every finished task: what estimates are judged by
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+
+def quantize_keys(ftype_number: int, imatrix_file: str | None, imatrix: Header | None) -> list[tuple[str, int | str]]:
+    """The keys llama-quantize sets, in its order; strings are cut at 127 bytes as it does.
+
+    Source: tools/quantize/quantize.cpp and llama_model_quantize_impl in src/llama-quant.cpp.
+    """
+    keys: list[tuple[str, int | str]] = [("general.quantization_version", 2), ("general.file_type", ftype_number)]
+    if imatrix_file is None or imatrix is None:
+        return keys
+    keys.append(("quantize.imatrix.file", _cut(imatrix_file)))
+    datasets = imatrix.get("imatrix.datasets") or []
+    if datasets:
+        keys.append(("quantize.imatrix.dataset", _cut(datasets[0])))
+    n_entries = sum(name.endswith(".in_sum2") for name in imatrix.by_name)
+    keys.append(("quantize.imatrix.entries_count", n_entries))
+    n_chunks = imatrix.get("imatrix.chunk_count", 0)
+    if n_chunks > 0:
+        keys.append(("quantize.imatrix.chunks_count", n_chunks))
+    return keys
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:127].decode("utf-8", errors="ignore")
+
+
+def new_header(base: Header, plan: FilePlan, keys: Sequence[tuple[str, int | str]]) -> NewHeader:
+    """The header of one file. Raises `BadInputError` for a base whose alignment is not ggml's default."""
+    if base.alignment != GGUF_DEFAULT_ALIGNMENT:
+        raise BadInputError(
+            f"{base.path} has an alignment of {base.alignment} bytes, which the fan-out engine does not write",
+            next_step="Use --engine llama-quantize.",
+        )
+    rows = [(t.name, t.shape, t.target) for t in plan.tensors]
+    return gguf_io.derived_header(base, rows, keys, removed=("split.no", "split.count", "split.tensors.count"))
+
+
+def build_job(
+    base: Header,
+    outputs: Sequence[Output],
+    *,
+    imatrix: Path | None,
+    bin_dir: Path,
+    inputs: str,
+    phase_of: Mapping[str, int],
+    task_elements: int = TASK_ELEMENTS,
+    fsync_tasks: bool = False,
+) -> dict[str, Any]:
+    """The job file's content: where everything is read and written, and the tasks. `inputs` is a hash of what the
+    bytes depend on; a journal is used again only for a job with the same one. `phase_of` is `plan.phases`."""
+    order = [tensor.name for tensor in outputs[0].plan.tensors]
+    for output in outputs:
+        if [tensor.name for tensor in output.plan.tensors] != order:
+            raise ToolFailedError(f"llama-quantize plans {output.recipe} in another tensor order than the rest")
+    tensors: list[dict[str, Any]] = []
+    for position, name in enumerate(order):
+        info = base.by_name[name]
+        targets: dict[GGMLQuantizationType, list[list[int]]] = {}
+        for index, output in enumerate(outputs):
+            kind = output.plan.tensors[position].target
+            targets.setdefault(kind, []).append([index, output.header.offsets[position]])
+        columns = info.shape[0]
+        tensors.append(
+            {
+                "name": name,
+                "type": info.ggml_type.name,
+                "columns": columns,
+                "rows": info.n_elements // columns,
+                "rows_per_expert": info.shape[1] if len(info.shape) > 1 else 1,
+                "row_bytes": n_bytes_of(info.ggml_type, columns),
+                "offset": info.offset,
+                "targets": [
+                    {
+                        "type": kind.name,
+                        "row_bytes": n_bytes_of(kind, columns),
+                        "phase": min(phase_of[outputs[index].recipe] for index, _ in places),
+                        "places": places,
+                    }
+                    for kind, places in targets.items()
+                ],
+            }
+        )
+    return {
+        "inputs": inputs,
+        "base": str(base.path),
+        "imatrix": str(imatrix) if imatrix else None,
+        "bin_dir": str(bin_dir),
+        "fsync": fsync_tasks,
+        "recipes": [output.recipe for output in outputs],
+        "outputs": [str(output.partial) for output in outputs],
+        "sizes": [output.header.file_size for output in outputs],
+        "tensors": tensors,
+        "tasks": _cut_tasks(tensors, task_elements),
+    }
+
+
+def _cut_tasks(tensors: Sequence[Mapping[str, Any]], task_elements: int) -> list[dict[str, Any]]:
+    """[{phase, pieces: [[tensor, first row, rows], ...]}, ...] in the order of phases.
+
+    Large tensors are cut by rows and small ones gathered, so that tasks are about equal in size.
+    """
+    cut: list[dict[str, Any]] = []
+    for phase in sorted({target["phase"] for tensor in tensors for target in tensor["targets"]}):
+        pieces: list[list[int]] = []
+        room = task_elements
+        for index, tensor in enumerate(tensors):
+            row = 0 if any(target["phase"] == phase for target in tensor["targets"]) else tensor["rows"]
+            while row < tensor["rows"]:
+                count = min(tensor["rows"] - row, max(1, room // tensor["columns"]))
+                pieces.append([index, row, count])
+                row += count
+                room -= count * tensor["columns"]
+                if room < tensor["columns"]:
+                    cut.append({"phase": phase, "pieces": pieces})
+                    pieces, room = [], task_elements
+        if pieces:
+            cut.append({"phase": phase, "pieces": pieces})
+    return cut
+
+
+def task_costs(job: Mapping[str, Any], speeds: Mapping[str, float]) -> list[float]:
+    """Estimated CPU seconds of each task, from speeds in elements per second."""
+
+    def per_row(tensor: Mapping[str, Any], phase: int) -> float:
+        types = [target["type"] for target in tensor["targets"] if target["phase"] == phase]
+        columns = int(tensor["columns"])
+        return sum(columns / (speeds[t] if t != tensor["type"] else COPY_SPEED) for t in types)
+
+    tensors = job["tensors"]
+    return [sum(per_row(tensors[i], task["phase"]) * rows for i, _, rows in task["pieces"]) for task in job["tasks"]]
+
+
+class Journal:
+    """Which tasks of a job are done: `journal.txt` beside the job file."""
+
+    def __init__(self, job_path: Path) -> None:
+        self._job_path = job_path
+        self._path = job_path.with_name("journal.txt")
+
+    def done(self) -> set[int]:
+        """Tasks whose bytes are in the files, by what the journal says and what the machine went through since."""
+        try:
+            lines = self._path.read_text().split("\n")[:-1]  # a line without its end was cut by a crash
+        except FileNotFoundError:
+            return set()
+        if lines[:1] != [f"job {self._identity()}"]:
+            return set()
+        finished: set[int] = set()
+        pending: set[int] = set()
+        boot = ""
+        for line in lines[1:]:
+            word, _, rest = line.partition(" ")
+            if word == "boot":
+                # What an earlier boot wrote and did not flush may be lost.
+                if boot and rest != boot:
+                    pending.clear()
+                boot = rest
+            elif word == "done" and rest.isdecimal():
+                pending.add(int(rest))
+            elif word == "sync":
+                finished |= pending
+                pending.clear()
+        return finished | pending if boot == boot_id() else finished
+
+    def begin(self, *, fresh: bool) -> None:
+        """Start writing: a new journal, or a new `boot` line in an old one."""
+        if fresh:
+            write_atomic(self._path, f"job {self._identity()}\n")
+        append_line(self._path, f"boot {boot_id()}")
+
+    def add(self, index: int) -> None:
+        append_line(self._path, f"done {index}")
+
+    def sync(self, outputs: Sequence[Path]) -> None:
+        """Flush the outputs, then say so durably."""
+        for path in outputs:
+            if path.exists():
+                fsync(path)
+        append_line(self._path, "sync")
+        fsync(self._path)
+
+    def _identity(self) -> str:
+        return sha256_bytes(self._job_path.read_bytes())
+
+
+def boot_id() -> str:
+    """Changes when the machine restarts; where the system does not say, it is new for every process."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"process-{os.getpid()}-{time.time_ns()}"
+
+
+def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tuple[Path, set[int], set[int]]:
+    """Have the job on disk with its files; (job file, tasks done, outputs to skip).
+
+    An earlier job over the same inputs that includes every wanted recipe is continued: outputs that are not wanted any
+    more (they have their final names) are skipped. Otherwise the partial files are made anew.
+    """
+    job_path = job_dir / "job.json"
+    job_dir.mkdir(parents=True, exist_ok=True)
+    tasks.clear_slots(job_dir)
+    wanted = {output.recipe for output in outputs}
+    old: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        old = json.loads(job_path.read_text())
+    if old is not None and old.get("inputs") == job["inputs"] and wanted <= set(old["recipes"]):
+        skip = {index for index, recipe in enumerate(old["recipes"]) if recipe not in wanted}
+        whole = all(
+            Path(path).is_file() and Path(path).stat().st_size == size
+            for index, (path, size) in enumerate(zip(old["outputs"], old["sizes"], strict=True))
+            if index not in skip
+        )
+        journal = Journal(job_path)
+        if whole and (done := journal.done()):
+            journal.begin(fresh=False)
+            return job_path, done, skip
+    write_atomic(job_path, json.dumps(job))
+    for output in outputs:
+        preallocate(output.partial, output.header.file_size)
+        write_at(output.partial, output.header.data, 0)
+    Journal(job_path).begin(fresh=True)
+    return job_path, set(), set()
+
+
+@contextlib.contextmanager
+def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
+    """Worker processes on this machine; they end with this process, however it ends."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=tasks.start_worker, initargs=(str(job_dir),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run(
+    job_path: Path,
+    done: set[int],
+    skip: set[int],
+    *,
+    executor: Callable[[], contextlib.AbstractContextManager[Executor]],
+    jobs: int,
+    costs: Sequence[float],
+    on_output: Callable[[str], None],
+    progress: Progress = silent,
+) -> Figures:
+    """Do the tasks of a job that are not done; `on_output` is called with each recipe whose bytes are all there.
+
+    Raises `ToolFailedError` naming tensor and type when ggml aborts in a worker; what was finished stays. A worker
+    that is killed from outside is replaced, and its task done again.
+    """
+    job = json.loads(job_path.read_text())
+    identity = sha256_bytes(job_path.read_bytes())
+    state = _State(job_path, job, done, skip, costs=costs, on_output=on_output, progress=progress)
+    state.finish_outputs()
+    for restarts in range(RESTARTS + 1):
+        try:
+            with executor() as pool:
+                state.drain(pool, identity, jobs * TASKS_AHEAD)
+            break
+        except BrokenProcessPool as error:
+            crashed = tasks.clear_slots(job_path.parent)
+            if crashed or restarts == RESTARTS:
+                at = f" at {crashed[0]}" if crashed else ", again and again: is there enough memory?"
+                raise ToolFailedError(
+                    f"a worker process died{at}",
+                    next_step="Finished work is kept. Leave that recipe out, or lower --jobs, and run again.",
+                ) from error
+    state.journal.sync([Path(path) for path in job["outputs"]])
+    tasks.clear_slots(job_path.parent)
+    state.figures.wall_seconds = time.monotonic() - state.started
+    return state.figures
+
+
+class _State:
+    """The driver's view of a job: what is done, what each output still lacks, how far the whole is."""
+
+    def __init__(
+        self,
+        job_path: Path,
+        job: dict[str, Any],
+        done: set[int],
+        skip: set[int],
+        *,
+        costs: Sequence[float],
+        on_output: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        self.journal = Journal(job_path)
+        self.job_path, self.job, self.skip, self.costs = job_path, job, frozenset(skip), costs
+        self.on_output, self.progress = on_output, progress
+        self.open = {index: None for index in range(len(job["tasks"])) if index not in done}
+        self.unfinished = set(range(len(job["outputs"]))) - skip
+        # An output is whole when every task of every phase that writes to it is done.
+        phases_of: dict[int, set[int]] = {index: set() for index in self.unfinished}
+        for tensor in job["tensors"]:
+            for target in tensor["targets"]:
+                for output, _ in target["places"]:
+                    if output in phases_of:
+                        phases_of[output].add(target["phase"])
+        self.phases_of = phases_of
+        self.open_in_phase = Counter(job["tasks"][index]["phase"] for index in self.open)
+        self.total = sum(costs)
+        self.done_cost = sum(costs[index] for index in done)
+        self.figures = Figures(resumed_tasks=len(done))
+        self.started = time.monotonic()
+        self.synced = self.started
+
+    def finish_outputs(self) -> None:
+        """Hand over every output that no open task writes to."""
+        whole = [i for i in sorted(self.unfinished) if not any(self.open_in_phase[p] for p in self.phases_of[i])]
+        for index in whole:
+            fsync(Path(self.job["outputs"][index]))
+            self.on_output(self.job["recipes"][index])
+            self.unfinished.remove(index)
+
+    def drain(self, pool: Executor, identity: str, window: int) -> None:
+        running: dict[Future[TaskDone], int] = {}
+        waiting = iter(list(self.open))
+        try:
+            while True:
+                while len(running) < window and (index := next(waiting, None)) is not None:
+                    future = pool.submit(tasks.run_task, str(self.job_path), identity, index, self.skip)
+                    running[future] = index
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._record(future.result(), running.pop(future))
+        except GemmaGGUFError:
+            for future in running:
+                future.cancel()
+            raise
+
+    def _record(self, result: TaskDone, index: int) -> None:
+        self.journal.add(index)
+        self.open.pop(index)
+        phase = self.job["tasks"][index]["phase"]
+        self.open_in_phase[phase] -= 1
+        self.done_cost += self.costs[index]
+        figures = self.figures
+        figures.tasks += 1
+        figures.cpu_seconds += result.cpu_seconds
+        figures.quantize_seconds += result.quantize_seconds
+        figures.read_bytes += result.read_bytes
+        figures.written_bytes += result.written_bytes
+        now = time.monotonic()
+        figures.history.append((self.done_cost / self.total, now - self.started))
+        self.progress("quantising", self.done_cost, self.total, "s of work")
+        if now - self.synced > SYNC_SECONDS:
+            self.journal.sync([Path(self.job["outputs"][i]) for i in self.unfinished])
+            self.synced = time.monotonic()
+        if not self.open_in_phase[phase]:
+            self.finish_outputs()

@@ -1,0 +1,184 @@
+"""Every write this package makes goes through here, and so does every hash it remembers.
+
+A name without `.partial` in it is a promise that the bytes are whole: files are written under a partial name,
+flushed to the disk, renamed, and the directory is flushed too. Hashes are remembered by (size, mtime, inode), so a
+second look at a set of many gigabytes costs a few `stat` calls.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from gemma_gguf.errors import BusyError
+
+PARTIAL = ".partial"
+
+
+def partial_path(final: Path, directory: Path | None = None) -> Path:
+    """Where `final` is written until it is whole: `name.partial.gguf` for `name.gguf`, in `directory` if given."""
+    return (directory or final.parent) / f"{final.stem}{PARTIAL}{final.suffix}"
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_durably(partial: Path, final: Path) -> None:
+    """Give a finished partial file its final name: flush it, rename it, flush the directory."""
+    fsync(partial)
+    partial.replace(final)
+    fsync(final.parent)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole small file so that a reader sees the old bytes or the new ones, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    with partial.open("wb") as out:
+        out.write(data.encode() if isinstance(data, str) else data)
+    replace_durably(partial, path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` hold the bytes of `source`: a hard link where the file system can, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(target)
+    partial.unlink(missing_ok=True)
+    try:
+        partial.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, partial)
+    # POSIX rename of two links to one file does nothing and leaves both names, so the old name goes first.
+    if target.exists() and target.samefile(partial):
+        partial.unlink()
+        return
+    replace_durably(partial, target)
+
+
+def preallocate(path: Path, n_bytes: int) -> None:
+    """Make `path` a file of `n_bytes` whose blocks are reserved: a full disk shows now, not hours later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as out:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(out.fileno(), 0, n_bytes)
+        else:
+            out.truncate(n_bytes)
+
+
+def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, however little each call takes."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def write_at(path: Path, data: bytes, offset: int) -> None:
+    """Overwrite bytes of an existing (partial) file."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        pwrite_all(descriptor, memoryview(data), offset)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a journal, in one write: after a crash it is there whole or its newline is missing."""
+    with path.open("ab", buffering=0) as out:
+        out.write(f"{line}\n".encode())
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of `data` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces): the key of a stage or a build."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def sha256_tree(root: Path, skip: frozenset[str] = frozenset()) -> str:
+    """SHA-256 over the names and bytes of every regular file below `root`, without directories named in `skip`."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if skip.isdisjoint(relative.parts) and path.is_file() and not path.is_symlink():
+            digest.update(f"{relative.as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class HashMemory:
+    """SHA-256 of files, remembered in one JSON file by (size, mtime in ns, inode) of each path.
+
+    With `rehash=True` nothing is taken from memory: every file asked for is read once more.
+    """
+
+    def __init__(self, path: Path, *, rehash: bool = False) -> None:
+        self._path = path
+        self._known: dict[str, list[object]] = {}
+        if not rehash:
+            # A memory that cannot be read is only slower, never wrong: start from nothing.
+            with contextlib.suppress(OSError, ValueError):
+                loaded = json.loads(path.read_text())
+                self._known = loaded if isinstance(loaded, dict) else {}
+
+    def sha256(self, path: Path) -> str:
+        """SHA-256 of the file's bytes; read only when the file has changed since the last time."""
+        path = path.resolve()
+        stat = path.stat()
+        mark: list[object] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(str(path))
+        if isinstance(known, list) and known[:3] == mark and isinstance(known[3], str):
+            return known[3]
+        with path.open("rb") as source:
+            digest = hashlib.file_digest(source, "sha256").hexdigest()
+        self._known[str(path)] = [*mark, digest]
+        return digest
+
+    def save(self) -> None:
+        """Write the memory back; entries whose file is gone are dropped."""
+        kept = {name: entry for name, entry in self._known.items() if Path(name).exists()}
+        write_atomic(self._path, json.dumps(kept, indent=0, sort_keys=True))
+
+
+@contextlib.contextmanager
+def locked(directory: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of `directory` (an advisory file lock that dies with its process).
+
+    Raises `BusyError` naming the holder unless `wait`, which blocks until the lock is free.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    holder = directory / ".lock.json"
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError):
+            facts = json.loads(holder.read_text())
+            who = f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
+        raise BusyError(
+            f"{what} is in use by {who}: {directory}",
+            next_step="Wait for it to end, or run the same command with --wait.",
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        write_atomic(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,142 @@
+"""The importance matrix: computed by llama-imatrix, and checked before anything uses it.
+
+Consumes the base and a calibration text, produces a GGUF with, for every weight that a matrix product reads, the sum
+of squared activations per column (`<name>.in_sum2`, shape (experts, columns)) and how often it was hit
+(`<name>.counts`, shape (experts, 1)). A file that exists is not a file that is finished: llama-imatrix saves every
+ten chunks, so completeness is read from the content.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_gguf import gguf_io
+from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.gguf_io import Header
+from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
+from gemma_gguf.progress import Progress, silent
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The data of one tensor. `sums`: float32 (experts, columns); `counts`: float32 (experts,)."""
+
+    sums: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """A whole imatrix file, read. `chunk_size` is in tokens."""
+
+    path: Path
+    n_chunks: int
+    chunk_size: int
+    datasets: tuple[str, ...]
+    entries: Mapping[str, Entry]
+
+
+def file_name(stem: str) -> str:
+    return f"{stem}-imatrix.gguf"
+
+
+def imatrix_argv(
+    build: Build,
+    base: str,
+    text: str,
+    out: str,
+    *,
+    chunks: int | None = None,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+) -> list[str]:
+    """The command line of llama-imatrix. Names are bare: `text` ends in the key `quantize.imatrix.dataset`.
+
+    One chunk of 512 tokens per batch keeps the logits of Gemma's 262,144-token vocabulary at 0.5 GB.
+    """
+    size = str(CHUNK_TOKENS)
+    argv = [str(build.tool("llama-imatrix")), "-m", base, "-f", text, "-o", out, "--parse-special"]
+    argv += ["-c", size, "-b", size, "-ub", size]
+    argv += ["--chunks", str(chunks)] if chunks is not None else []
+    argv += ["-t", str(threads)] if threads is not None else []
+    argv += ["-ngl", str(gpu_layers)] if gpu_layers else []
+    return argv
+
+
+def compute(argv: list[str], *, cwd: Path, log: RunLog, progress: Progress = silent) -> tuple[ToolRun, int]:
+    """Run llama-imatrix in `cwd`; (the run, chunks it said it would compute). Progress comes per chunk."""
+    planned = 0
+
+    def show(piece: str) -> None:
+        nonlocal planned
+        if match := re.search(r"computing over (\d+) chunks", piece):
+            planned = int(match[1])
+        elif (match := re.match(r"\s*\[(\d+)\](\S+)$", piece)) and planned:
+            progress("computing the imatrix", int(match[1]), planned, "chunks")
+
+    done = run_tool(argv, log=log, cwd=cwd, on_piece=show, separators=r"[\r\n,]")
+    if planned == 0:
+        raise VerificationError("llama-imatrix did not say how many chunks it computes", log=log.path)
+    return done, planned
+
+
+def read(path: Path) -> Imatrix:
+    """Read an imatrix file. Raises `BadInputError` when it is cut, no imatrix, or of the old binary format."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInputError(
+                f"{path} is not an imatrix in GGUF format",
+                next_step="Convert an old one: llama-imatrix --in-file old.dat -o new.gguf --output-format gguf",
+            )
+    header = gguf_io.read_header(path)
+    if header.get("general.type") != "imatrix":
+        raise BadInputError(f"{path} is a GGUF file, but not an imatrix (general.type is not imatrix)")
+    n_chunks, chunk_size = header.get("imatrix.chunk_count"), header.get("imatrix.chunk_size")
+    if not isinstance(n_chunks, int) or not isinstance(chunk_size, int):
+        raise BadInputError(f"{path} does not say how many chunks it was computed on")
+    entries: dict[str, Entry] = {}
+    for name, tensor in header.by_name.items():
+        weight, dot, field = name.rpartition(".")
+        if not dot or field != "in_sum2":
+            continue
+        counts = header.by_name.get(f"{weight}.counts")
+        if counts is None:
+            raise BadInputError(f"{path} has {name} but not {weight}.counts")
+        sums = header.read(tensor).view(np.float32)
+        entries[weight] = Entry(sums, header.read(counts).view(np.float32).reshape(-1))
+    return Imatrix(path, n_chunks, chunk_size, tuple(header.get("imatrix.datasets", [])), entries)
+
+
+def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: int | None = None) -> None:
+    """Refuse an imatrix that is incomplete, broken, or of another model.
+
+    `needed` are the tensors that will be quantised by it, `n_chunks` how many chunks it must have seen. Raises
+    `VerificationError` that names the first offending tensors.
+    """
+    if n_chunks is not None and imatrix.n_chunks != n_chunks:
+        raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
+    for name, entry in imatrix.entries.items():
+        tensor = base.by_name.get(name)
+        if tensor is None or entry.sums.shape[1] != tensor.shape[0]:
+            raise VerificationError(
+                f"{imatrix.path} is of another model: {name} "
+                + ("is not a tensor of this one" if tensor is None else f"has {entry.sums.shape[1]} columns there"),
+                next_step="Use the imatrix of this very model, or leave --imatrix out to compute one.",
+            )
+        if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
+            raise VerificationError(
+                f"{imatrix.path} holds NaN or Inf for {name}", next_step="Compute it again: leave --imatrix out."
+            )
+    missing = [name for name in needed if name not in imatrix.entries or not imatrix.entries[name].counts.any()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise VerificationError(
+            f"{imatrix.path} has no data for {len(missing)} tensors that need it: {shown}",
+            next_step="Use more calibration text, or leave out the recipes that need an imatrix.",
+        )

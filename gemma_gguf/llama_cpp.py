@@ -1,0 +1,549 @@
+"""llama.cpp: obtain one source, build it once, run its tools. The only user of `subprocess` in the package.
+
+Consumes a source specification (`pypi:<llama-cpp-python release>`, `git:<tag or sha>`, `dir:<path>`), a backend and
+CMake flags; produces a `Build`: a directory in the user's cache with the tools, the shared libraries, the converter,
+`gguf-py` and, for `pypi:`, the pure-Python bindings of that release. The directory's key is a hash of everything
+that can change its bytes, so a build is made once per machine and two builds can serve one run.
+
+The Python index is the default because its source archive vendors the complete llama.cpp under a sha256, and needs
+neither git nor a GitHub connection.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import platformdirs
+
+from gemma_gguf.errors import BadInputError, MissingToolError, ToolFailedError
+from gemma_gguf.files import locked, sha256_bytes, sha256_json, sha256_tree, write_atomic
+from gemma_gguf.progress import Progress, silent
+
+DEFAULT_SPEC = "pypi:0.3.36"
+REPOSITORY = "https://github.com/ggml-org/llama.cpp"
+PYPI_SHA256 = {
+    "0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+}
+TOOLS = (
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-perplexity",
+    "llama-bench",
+    "llama-gguf-split",
+    "llama-server",
+    "llama-mtmd-cli",
+)
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("-DGGML_METAL=OFF",),
+    "cuda": ("-DGGML_CUDA=ON",),
+    "hip": ("-DGGML_HIP=ON",),
+    "vulkan": ("-DGGML_VULKAN=ON",),
+    "metal": ("-DGGML_METAL=ON",),
+    "sycl": ("-DGGML_SYCL=ON", "-DCMAKE_C_COMPILER=icx", "-DCMAKE_CXX_COMPILER=icpx"),
+}
+CMAKE_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # tools find their libraries beside them, wherever the directory moves
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # the prebuilt web interface is a download
+)
+# Fused multiply-add changes the last bits of a quant from one CPU family to another. Only ggml-base quantises, so
+# only it is compiled without; DEFER waits until the project has defined the target.
+PROJECT_INCLUDE = """cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL
+  target_compile_options ggml-base PRIVATE -ffp-contract=off)
+"""
+# What of llama.cpp's source a finished build keeps: the converter and what it imports.
+KEPT_SOURCES = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+TAIL_LINES = 15
+
+
+# --- running tools -----------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """One text file per run: every child's argv, output, exit code and time, in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Append; the file appears with its first byte."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+        self._file.write(data)
+        self._file.flush()
+
+    def note(self, text: str) -> None:
+        """One line of our own, marked and dated."""
+        self.write(f"## {time.strftime('%H:%M:%S')} {text}\n".encode())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class ToolRun:
+    """A child process that ended with exit code 0: what was run, what it printed, how long it took."""
+
+    argv: tuple[str, ...]
+    output: str
+    seconds: float
+
+
+def run_tool(
+    argv: Sequence[str | Path],
+    *,
+    log: RunLog,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    on_piece: Callable[[str], None] | None = None,
+    separators: str = r"[\r\n]",
+    ok_codes: tuple[int, ...] = (0,),
+) -> ToolRun:
+    """Run a child to its end; stdout and stderr go, together and in order, to the log and to `on_piece`.
+
+    `on_piece` gets the output cut at `separators`, as it comes (llama-imatrix separates its progress by commas).
+    `env` is added to this process's environment. Raises `ToolFailedError` with the last lines when the exit code is
+    not in `ok_codes`, `MissingToolError` when there is no such program. The child and its own children are stopped if
+    this process is interrupted.
+    """
+    words = tuple(str(word) for word in argv)
+    log.note(f"{shlex.join(words)}" + (f"   (in {cwd})" if cwd else ""))
+    started = time.monotonic()
+    try:
+        child = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise MissingToolError(f"{words[0]} is not installed") from error
+    collected = bytearray()
+    pending = ""
+    cut = re.compile(separators)
+    assert child.stdout is not None
+    try:
+        while chunk := os.read(child.stdout.fileno(), 1 << 16):
+            collected += chunk
+            log.write(chunk)
+            if on_piece is not None:
+                *pieces, pending = cut.split(pending + chunk.decode("utf-8", errors="replace"))
+                for piece in pieces:
+                    on_piece(piece)
+        code = child.wait()
+    except BaseException:
+        _stop(child)
+        raise
+    finally:
+        child.stdout.close()
+    seconds = time.monotonic() - started
+    log.note(f"exit code {code} after {seconds:.1f} s")
+    output = collected.decode("utf-8", errors="replace")
+    if code not in ok_codes:
+        ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        last = "\n".join(output.strip().splitlines()[-TAIL_LINES:])
+        raise ToolFailedError(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
+    return ToolRun(words, output, seconds)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child with its whole process group: politely, then not."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5)
+            return
+
+
+# --- a build -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where llama.cpp comes from: kind `pypi`, `git` or `dir`, and its version, ref or path."""
+
+    kind: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> "SourceSpec":
+        """`pypi:0.3.36`, `git:b9999` or `dir:../llama.cpp`; raises `BadInputError` for anything else."""
+        kind, _, value = text.partition(":")
+        allowed = {"pypi": r"\d+(\.\d+)+(\.?(a|b|rc|post|dev)\d+)*", "git": r"[\w][\w./-]*", "dir": r".+"}
+        if kind not in allowed or not re.fullmatch(allowed[kind], value):
+            raise BadInputError(
+                f"{text!r} is no llama.cpp source",
+                next_step="Use pypi:<llama-cpp-python version>, git:<tag or commit> or dir:<path>.",
+            )
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value}"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build. Everything but `root` is also in its `build.json`."""
+
+    root: Path
+    key: str
+    source: str
+    source_sha256: str
+    version: str  # as the tools print it, e.g. 0.5.0-dev
+    build_number: int  # 0 when the source does not say
+    commit: str
+    backend: str
+    compiler: str
+    cmake_args: tuple[str, ...]
+    machine: str
+    seconds: float
+
+    @property
+    def bin_dir(self) -> Path:
+        return self.root / "bin"
+
+    @property
+    def converter(self) -> Path:
+        return self.root / "source" / "convert_hf_to_gguf.py"
+
+    @property
+    def gguf_py(self) -> Path:
+        return self.root / "source" / "gguf-py"
+
+    @property
+    def bindings(self) -> Path | None:
+        """Directory to import `llama_cpp` from, or None: only `pypi:` builds have bindings that fit them."""
+        path = self.root / "bindings"
+        return path if path.is_dir() else None
+
+    def tool(self, name: str) -> Path:
+        return self.bin_dir / name
+
+    def facts(self) -> dict[str, object]:
+        """What `build --json` prints."""
+        facts = {name: value for name, value in asdict(self).items() if name != "root"}
+        return {"bin_dir": str(self.bin_dir), **facts}
+
+
+def cache_dir() -> Path:
+    """The user's cache directory of this package; `GEMMA_GGUF_CACHE` overrides it."""
+    override = os.environ.get("GEMMA_GGUF_CACHE")
+    return Path(override) if override else Path(platformdirs.user_cache_dir("gemma-gguf"))
+
+
+def find_tool(name: str, hint: str) -> Path:
+    """A program beside this Python (a virtual environment's bin directory) or on PATH."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise MissingToolError(f"{name} is not installed", next_step=hint)
+    return Path(found)
+
+
+def compiler_version(backend: str) -> str:
+    """First line of `--version` of the C++ compiler that CMake will take ($CXX, else c++, g++, clang++)."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if backend == "sycl":
+        wanted = ["icpx"]
+    for name in wanted:
+        found = shutil.which(name)
+        if found:
+            done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+            if done.returncode == 0 and done.stdout.strip():
+                return done.stdout.splitlines()[0].strip()
+    raise MissingToolError(
+        f"no C++ compiler works here (looked for {', '.join(wanted)})",
+        next_step="Install one: apt install g++, dnf install gcc-c++, or xcode-select --install.",
+    )
+
+
+def machine_id() -> str:
+    """Architecture and a hash of the CPU's features: a native build may not run on another CPU."""
+    features = platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                features = " ".join(sorted(line.partition(":")[2].split()))
+                break
+    return f"{platform.system()}-{platform.machine()}-{sha256_bytes(features.encode())[:12]}"
+
+
+def cmake_args(backend: str, extra: Sequence[str], commit: str, build_number: int) -> tuple[str, ...]:
+    """Arguments of `cmake` after source, build directory and generator."""
+    if backend not in BACKENDS:
+        raise BadInputError(f"unknown backend {backend!r}", next_step=f"Choose one of: {', '.join(BACKENDS)}.")
+    stamp = (f"-DLLAMA_BUILD_NUMBER={build_number}", f"-DLLAMA_BUILD_COMMIT={commit}")
+    return (*CMAKE_FLAGS, *BACKENDS[backend], *stamp, *extra)
+
+
+def parse_ninja_line(line: str) -> tuple[int, int] | None:
+    """(done, total) from a line such as `[12/230] Building CXX object ...`."""
+    match = re.match(r"\[(\d+)/(\d+)\] ", line)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_version(text: str) -> tuple[str, int, str]:
+    """(version, build number, commit) from what a tool prints for `--version`.
+
+    Known forms: `version: 0.5.0 (build 123, commit abcdef)` and the older `version: 4567 (abcdef)`.
+    """
+    if match := re.search(r"version: (\S+) \(build (\d+), commit (\w+)\)", text):
+        return match[1], int(match[2]), match[3]
+    if match := re.search(r"version: (\d+) \((\w+)\)", text):
+        return f"b{match[1]}", int(match[1]), match[2]
+    raise ToolFailedError(f"cannot read llama.cpp's version from {text.strip()[:200]!r}")
+
+
+def vendored_commit(changelog: str, version: str) -> str:
+    """The llama.cpp commit that a llama-cpp-python release vendors, from its CHANGELOG.md ("" if not named)."""
+    section = re.search(rf"^## \[{re.escape(version)}\]$(.*?)(?=^## \[|\Z)", changelog, re.MULTILINE | re.DOTALL)
+    named = re.search(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})", section[1]) if section else None
+    return named[1] if named else ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source that is on this disk: an archive or a directory, its hash, and what is known of its commit."""
+
+    spec: SourceSpec
+    path: Path
+    sha256: str
+    commit: str
+    build_number: int
+
+
+def build(
+    spec_text: str = DEFAULT_SPEC,
+    *,
+    backend: str = "cpu",
+    extra_cmake_args: Sequence[str] = (),
+    jobs: int | None = None,
+    wait: bool = False,
+    progress: Progress = silent,
+) -> Build:
+    """The build of a llama.cpp source, from the cache or made now.
+
+    `jobs` limits parallel compilation (default: all cores). Raises `MissingToolError` without a compiler, CMake or
+    Ninja, `BusyError` when another process builds the same thing (unless `wait`), `ToolFailedError` with the last
+    lines of the log when the build fails; a failed or killed build goes on where it stopped.
+    """
+    if backend not in BACKENDS:
+        raise BadInputError(f"unknown backend {backend!r}", next_step=f"Choose one of: {', '.join(BACKENDS)}.")
+    spec = SourceSpec.parse(spec_text)
+    compiler = compiler_version(backend)
+    cache = cache_dir()
+    builds = cache / "builds"
+    log = RunLog(cache / "logs" / f"build-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+    try:
+        source = _obtain(spec, cache / "sources", log)
+        # Everything but the stamp of commit and number, which follow from the source.
+        flags = cmake_args(backend, extra_cmake_args, source.commit, source.build_number)
+        machine = machine_id()
+        identity = [source.sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
+        key = sha256_json(identity)[:20]
+        root = builds / key
+        if (root / "build.json").is_file():
+            return _load(root)
+        with locked(builds / f"{key}.lock", f"the build of llama.cpp {spec}", wait=wait):
+            if not (root / "build.json").is_file():
+                _make(
+                    source,
+                    root,
+                    compiler=compiler,
+                    machine=machine,
+                    backend=backend,
+                    flags=flags,
+                    jobs=jobs or os.cpu_count() or 1,
+                    log=log,
+                    progress=progress,
+                )
+        return _load(root)
+    finally:
+        log.close()
+
+
+def _load(root: Path) -> Build:
+    facts = json.loads((root / "build.json").read_text())
+    return Build(root=root, **{**facts, "cmake_args": tuple(facts["cmake_args"])})
+
+
+def _obtain(spec: SourceSpec, sources: Path, log: RunLog) -> _Source:
+    sources.mkdir(parents=True, exist_ok=True)
+    return {"pypi": _obtain_pypi, "git": _obtain_git, "dir": _obtain_dir}[spec.kind](spec, sources, log)
+
+
+def _obtain_pypi(spec: SourceSpec, sources: Path, log: RunLog) -> _Source:
+    archive = sources / f"llama_cpp_python-{spec.value}.tar.gz"
+    pinned = PYPI_SHA256.get(spec.value)
+    if not archive.is_file():
+        with tempfile.TemporaryDirectory(dir=sources) as scratch:
+            # pip is the index's ordinary client: it knows the user's mirror, proxy and certificates.
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+            try:
+                run_tool([*command, "--dest", scratch, f"llama-cpp-python=={spec.value}"], log=log)
+            except ToolFailedError as error:
+                raise BadInputError(
+                    f"cannot download the source of llama-cpp-python {spec.value}: {error.what}",
+                    next_step="Check the version and the network, or use --llama-cpp dir:<llama.cpp checkout>.",
+                    log=log.path,
+                ) from error
+            Path(scratch, archive.name).replace(archive)
+    digest = sha256_bytes(archive.read_bytes())
+    if pinned is not None and digest != pinned:
+        archive.unlink()
+        raise BadInputError(
+            f"llama-cpp-python {spec.value} has sha256 {digest}, expected {pinned}; the download was deleted",
+            next_step="Run the same command again; if it happens twice, do not trust the package index you use.",
+        )
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/CHANGELOG.md")
+        changelog = member.read().decode() if member else ""
+    return _Source(spec, archive, digest, vendored_commit(changelog, spec.value), 0)
+
+
+def _obtain_git(spec: SourceSpec, sources: Path, log: RunLog) -> _Source:
+    git = find_tool("git", "Install git, or use --llama-cpp pypi:<version>.")
+    checkout = sources / f"git-{re.sub(r'[^0-9A-Za-z.-]', '_', spec.value)}"
+    if not (checkout / "CMakeLists.txt").is_file():
+        shutil.rmtree(checkout, ignore_errors=True)
+        try:
+            run_tool([git, "init", "--quiet", checkout], log=log)
+            run_tool([git, "-C", checkout, "fetch", "--quiet", "--depth", "1", REPOSITORY, spec.value], log=log)
+            run_tool([git, "-C", checkout, "checkout", "--quiet", "FETCH_HEAD"], log=log)
+        except ToolFailedError as error:
+            raise BadInputError(
+                f"cannot fetch {spec.value} from {REPOSITORY}: {error.what}",
+                next_step="Give a tag such as b9999 or a full commit; without GitHub use pypi:<version> or dir:<path>.",
+                log=log.path,
+            ) from error
+    commit = run_tool([git, "-C", checkout, "rev-parse", "HEAD"], log=log).output.strip()
+    tag = re.fullmatch(r"b(\d+)", spec.value)
+    return _Source(spec, checkout, sha256_bytes(commit.encode()), commit, int(tag[1]) if tag else 0)
+
+
+def _obtain_dir(spec: SourceSpec, sources: Path, log: RunLog) -> _Source:
+    path = Path(spec.value).expanduser().resolve()
+    if not (path / "CMakeLists.txt").is_file() or not (path / "convert_hf_to_gguf.py").is_file():
+        raise BadInputError(f"{path} is not a llama.cpp source tree (no CMakeLists.txt and convert_hf_to_gguf.py)")
+    commit = ""
+    if (path / ".git").exists() and shutil.which("git"):
+        commit = run_tool(["git", "-C", path, "rev-parse", "HEAD"], log=log).output.strip()
+    skip = frozenset({".git", "build", "__pycache__"})
+    return _Source(SourceSpec("dir", str(path)), path, sha256_tree(path, skip), commit, 0)
+
+
+def _make(
+    source: _Source,
+    root: Path,
+    *,
+    compiler: str,
+    machine: str,
+    backend: str,
+    flags: tuple[str, ...],
+    jobs: int,
+    log: RunLog,
+    progress: Progress,
+) -> None:
+    """Unpack, configure, compile, keep what is needed, and rename into place."""
+    cmake = find_tool("cmake", "pip install 'gemma-gguf[build]'")
+    ninja = find_tool("ninja", "pip install 'gemma-gguf[build]'")
+    started = time.monotonic()
+    partial = root.with_name(f"{root.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    tree, archive_root = _unpack(source, partial)
+    include = partial / "project-include.cmake"
+    write_atomic(include, PROJECT_INCLUDE)
+    objects = partial / "objects"
+    configure: list[str | Path] = [cmake, "-S", tree, "-B", objects, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    run_tool([*configure, f"-DCMAKE_PROJECT_INCLUDE={include}", *flags], log=log)
+
+    def show(line: str) -> None:
+        if counted := parse_ninja_line(line):
+            progress("building llama.cpp", *counted, "steps")
+
+    run_tool([cmake, "--build", objects, "-j", str(jobs), "--target", *TOOLS], log=log, on_piece=show)
+    finished = partial / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    shutil.copytree(objects / "bin", finished / "bin", symlinks=True)
+    for name in KEPT_SOURCES:
+        kept = tree / name
+        copy = shutil.copytree if kept.is_dir() else shutil.copy2
+        (finished / "source").mkdir(exist_ok=True)
+        copy(kept, finished / "source" / name)
+    if archive_root is not None:
+        shutil.copytree(archive_root / "llama_cpp", finished / "bindings" / "llama_cpp")
+    version, number, commit = parse_version(run_tool([finished / "bin" / "llama-imatrix", "--version"], log=log).output)
+    facts = {
+        "key": root.name,
+        "source": str(source.spec),
+        "source_sha256": source.sha256,
+        "version": version,
+        "build_number": number,
+        "commit": source.commit or commit,
+        "backend": backend,
+        "compiler": compiler,
+        "cmake_args": list(flags),
+        "machine": machine,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_atomic(finished / "build.json", json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(root, ignore_errors=True)
+    finished.replace(root)
+    shutil.rmtree(partial)
+
+
+def _unpack(source: _Source, partial: Path) -> tuple[Path, Path | None]:
+    """(llama.cpp's tree, root of the llama-cpp-python archive or None). An unpacked tree is used again."""
+    if source.spec.kind != "pypi":
+        return source.path, None
+    archive_root = partial / "archive" / source.path.name.removesuffix(".tar.gz")
+    done = partial / "unpacked"
+    if not done.exists():
+        shutil.rmtree(partial / "archive", ignore_errors=True)
+        with tarfile.open(source.path) as tar:
+            tar.extractall(partial / "archive", filter="data")
+        # The archive's one-commit .git would make CMake report its commit as llama.cpp's.
+        for git_dir in archive_root.glob("**/.git"):
+            shutil.rmtree(git_dir) if git_dir.is_dir() else git_dir.unlink()
+        done.touch()
+    return archive_root / "vendor" / "llama.cpp", archive_root
+
+
+def python_env(build: Build) -> dict[str, str]:
+    """Environment of a Python child that must use this build's gguf-py, bindings and libraries, offline."""
+    paths = [str(build.gguf_py), *([str(build.bindings)] if build.bindings else [])]
+    if os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "LLAMA_CPP_LIB_PATH": str(build.bin_dir),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+    }

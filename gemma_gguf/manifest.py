@@ -1,0 +1,175 @@
+"""`quantset.json`: what a quant set is, how it was made and from what. The card is rendered from it and nothing else.
+
+Consumes and produces JSON through strict models: an unknown or missing field is an error that names it, a newer
+schema is refused rather than half understood. Written atomically after every finished file, so it never names a file
+that is not there and whole. All sizes are bytes, all times seconds, all hashes SHA-256 in hexadecimal; paths are
+relative to the set's directory. `README.md` describes the fields for readers.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gemma_gguf.errors import BadInputError
+from gemma_gguf.files import write_atomic
+
+SCHEMA_VERSION = 1
+FILE_NAME = "quantset.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A file of the set, never a path out of it: one component, or two for a folder of shards.
+SetPath = Annotated[str, Field(pattern=r"^[\w][\w.+-]*(/[\w][\w.+-]*)?$", max_length=255)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelFacts(_Model):
+    """The checkpoint, read from its own files."""
+
+    org: str
+    model: str
+    origin: Literal["demo", "local", "hub"]
+    repo: str | None  # hub id of the original model; None for a local directory without --name
+    revision: str | None  # commit on the hub
+    files: dict[str, Sha256]  # every file that was used
+    architecture: str  # class name in config.json
+    family: str
+    gguf_arch: str
+    n_parameters: int
+    vision: bool
+    audio: bool
+    qat: bool
+    license: str | None
+    chat_template: str | None
+    front_matter: dict[str, Any]  # of the original card
+    base_is_dequantised: bool
+
+
+class BuildFacts(_Model):
+    """The llama.cpp that made every file of the set."""
+
+    source: str
+    source_sha256: str
+    version: str
+    build_number: int
+    commit: str
+    backend: str
+    compiler: str
+    cmake_args: list[str]
+    key: str
+
+
+class CalibrationFacts(_Model):
+    """The text behind the imatrix."""
+
+    name: str
+    source: str
+    n_bytes: int
+    sha256: Sha256
+
+
+class ImatrixFacts(_Model):
+    """The importance matrix: how much text it saw, and which tensors it covers."""
+
+    n_chunks: int
+    chunk_size: int  # tokens
+    n_entries: int
+    datasets: list[str]
+
+
+class Checks(_Model):
+    """What was verified before the file got its name."""
+
+    layout_sha256: Sha256  # over tensor names, shapes and types in file order
+    sampled_rows: int  # dequantised and found finite
+    load: str | None  # how it was loaded in llama.cpp and gave finite logits: `bindings`, `llama-perplexity`, or not
+
+
+class FileEntry(_Model):
+    """One file of the set."""
+
+    name: SetPath
+    kind: Literal["model", "mmproj", "imatrix"]
+    recipe: str | None
+    about: str | None  # what the recipe is
+    state: Literal["local"]
+    n_bytes: int
+    sha256: Sha256
+    bpw: float | None  # bits per weight, as llama.cpp counts: tensor data alone
+    types: dict[str, int]  # ggml type -> number of tensors
+    fallbacks: dict[str, int]  # "Q4_K -> Q5_0" -> number of tensors whose columns did not allow the wanted type
+    parent: str | None  # for `_L` rows
+    differs: list[str]  # tensors that have another type than in the parent
+    argv: list[str]
+    engine: str
+    seconds: float
+    key: Sha256  # hash of everything this file depends on
+    checks: Checks | None
+
+
+class StageRecord(_Model):
+    """A stage that was done: the hash of what it depends on, what was run, how long it took."""
+
+    key: Sha256
+    argv: list[list[str]]
+    seconds: float
+    outputs: dict[str, Sha256]  # file -> hash; files of the work directory are named `.work/...`
+
+
+class Manifest(_Model):
+    """The whole of `quantset.json`."""
+
+    schema_version: Literal[1]
+    tool_version: str
+    stem: str
+    model: ModelFacts
+    llama_cpp: BuildFacts
+    calibration: CalibrationFacts | None
+    imatrix: ImatrixFacts | None
+    stages: dict[str, StageRecord]
+    files: list[FileEntry]
+
+    def file(self, name: str) -> FileEntry | None:
+        return next((entry for entry in self.files if entry.name == name), None)
+
+    def with_file(self, entry: FileEntry) -> "Manifest":
+        """A copy that holds `entry` in the place of any older one of that name."""
+        return self.model_copy(update={"files": [*(f for f in self.files if f.name != entry.name), entry]})
+
+    def with_stage(self, name: str, record: StageRecord) -> "Manifest":
+        return self.model_copy(update={"stages": {**self.stages, name: record}})
+
+
+def load(directory: Path) -> Manifest:
+    """Read the manifest of a set. Raises `BadInputError` when it is missing, damaged or of a newer schema."""
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise BadInputError(
+            f"{directory} has no {FILE_NAME}: it is not a quant set", next_step="Make one with: gemma-gguf run MODEL"
+        )
+    repair = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path} is not readable JSON: {error}", next_step=repair) from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BadInputError(
+            f"{path} has schema version {version}, this gemma-gguf reads up to {SCHEMA_VERSION}",
+            next_step="pip install --upgrade gemma-gguf",
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise BadInputError(f"{path} is damaged at {where}: {first['msg']}", next_step=repair) from error
+
+
+def save(manifest: Manifest, directory: Path) -> None:
+    """Write the manifest of a set, whole or not at all."""
+    write_atomic(directory / FILE_NAME, manifest.model_dump_json(indent=1) + "\n")

@@ -1,0 +1,117 @@
+"""Every row a quant set can have, as one table. A recipe is an ftype of llama.cpp plus overrides.
+
+Consumes nothing, produces frozen rows. Which tensor gets which type is llama.cpp's business (`llama-quantize
+--dry-run` says it); here stands only what is typed on its command line. The default rows, and their names, are those
+of bartowski's published Gemma repositories.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gemma_gguf.errors import BadInputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: `name` is what a file is called, `ftype` what llama-quantize is told, `flags` what is added.
+
+    `parent` is the recipe that this one differs from by its flags alone. `about` says what the row is, without praise.
+    """
+
+    name: str
+    ftype: str
+    about: str
+    flags: tuple[str, ...] = ()
+    parent: str | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """True for the row that is the converter's output as it is."""
+        return self.ftype == "BF16"
+
+
+# The flags of the `_L` and `_XL` rows: embedding and output stay at 8 bits.
+EMBED_OUTPUT_Q8 = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+
+
+def _large(name: str, parent: str) -> Recipe:
+    return Recipe(name, parent, f"{parent} with embedding and output at Q8_0", EMBED_OUTPUT_Q8, parent)
+
+
+DEFAULT = (
+    Recipe("bf16", "BF16", "Full BF16 weights, as converted"),
+    Recipe("Q8_0", "Q8_0", "8 bits, one scale per 32 weights"),
+    _large("Q6_K_L", "Q6_K"),
+    Recipe("Q6_K", "Q6_K", "K-quant, 6 bits throughout"),
+    _large("Q5_K_L", "Q5_K_M"),
+    Recipe("Q5_K_M", "Q5_K_M", "K-quant mix, 5 bits with some tensors at 6"),
+    Recipe("Q5_K_S", "Q5_K_S", "K-quant, 5 bits"),
+    _large("Q4_K_L", "Q4_K_M"),
+    Recipe("Q4_1", "Q4_1", "4 bits, scale and minimum per 32 weights"),
+    Recipe("Q4_K_M", "Q4_K_M", "K-quant mix, 4 bits with some tensors at 6"),
+    Recipe("Q4_K_S", "Q4_K_S", "K-quant, 4 bits"),
+    Recipe("Q4_0", "Q4_0", "4 bits, one scale per 32 weights; repacked online for ARM and AVX"),
+    Recipe("IQ4_NL", "IQ4_NL", "I-quant, 4 bits on a non-linear grid, blocks of 32; repacked online for ARM and AVX"),
+    Recipe("IQ4_XS", "IQ4_XS", "I-quant, 4 bits on a non-linear grid, blocks of 256"),
+    _large("Q3_K_XL", "Q3_K_L"),
+    Recipe("Q3_K_L", "Q3_K_L", "K-quant mix, 3 bits with some tensors at 5"),
+    Recipe("Q3_K_M", "Q3_K_M", "K-quant mix, 3 bits with some tensors at 4 and 5"),
+    Recipe("Q3_K_S", "Q3_K_S", "K-quant, 3 bits"),
+    Recipe("IQ3_M", "IQ3_M", "I-quant mix, 3 bits with some tensors at 4"),
+    Recipe("IQ3_XS", "IQ3_XS", "I-quant mix of two 3-bit grids"),
+    Recipe("IQ3_XXS", "IQ3_XXS", "I-quant, 3 bits on the smallest grid"),
+    _large("Q2_K_L", "Q2_K"),
+    Recipe("Q2_K", "Q2_K", "K-quant mix, 2 bits with some tensors at 3 and 4"),
+    Recipe("IQ2_M", "IQ2_M", "I-quant mix around 2.7 bits"),
+    Recipe("IQ2_S", "IQ2_S", "I-quant mix around 2.5 bits"),
+    Recipe("IQ2_XS", "IQ2_XS", "I-quant, 2.31 bits"),
+    Recipe("IQ2_XXS", "IQ2_XXS", "I-quant, 2.06 bits"),
+)
+ON_REQUEST = (
+    Recipe("IQ3_S", "IQ3_S", "I-quant, 3.44 bits"),
+    Recipe("Q2_K_S", "Q2_K_S", "K-quant, 2 bits"),
+    Recipe("IQ1_M", "IQ1_M", "I-quant, 1.75 bits"),
+    Recipe("IQ1_S", "IQ1_S", "I-quant, 1.56 bits"),
+    Recipe("Q5_0", "Q5_0", "5 bits, one scale per 32 weights"),
+    Recipe("Q5_1", "Q5_1", "5 bits, scale and minimum per 32 weights"),
+)
+TABLE: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (*DEFAULT, *ON_REQUEST)}
+DEFAULT_NAMES = tuple(recipe.name for recipe in DEFAULT)
+# Of these a file is no quant of a BF16 base, or another name for a row.
+NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
+
+
+def parse_quantize_help(text: str) -> dict[str, str]:
+    """{ftype: description} from what `llama-quantize --help` lists as allowed quantization types."""
+    rows = re.findall(r"^ *(?:\d+ +or +)?([A-Z][A-Z0-9_]+) *: *(.+)$", text, re.MULTILINE)
+    return {name: " ".join(about.split()) for name, about in rows}
+
+
+def select(names: Iterable[str], offered: Mapping[str, str]) -> tuple[Recipe, ...]:
+    """The recipes called `names`, in the table's order, checked against what the build's llama-quantize offers.
+
+    A name outside the table is fine when the build offers an ftype of that name: a new quant of llama.cpp can be made
+    before it has a row here. Raises `BadInputError` naming the nearest known recipes.
+    """
+    wanted = list(dict.fromkeys(names))
+    extra = {name: Recipe(name, name, about) for name, about in offered.items() if name not in NOT_RECIPES}
+    known = {**extra, **TABLE}
+    folded = {name.upper(): name for name in known}
+    chosen: list[Recipe] = []
+    for name in wanted:
+        recipe = known.get(folded.get(name.upper(), ""))
+        if recipe is None:
+            near = difflib.get_close_matches(name.upper(), folded, n=3, cutoff=0.5)
+            hint = f"Nearest: {', '.join(folded[n] for n in near)}." if near else f"Known: {', '.join(known)}."
+            raise BadInputError(f"unknown recipe {name!r}", next_step=hint)
+        if offered and recipe.ftype not in offered:
+            raise BadInputError(
+                f"this llama.cpp build cannot make {recipe.name}: its llama-quantize does not offer {recipe.ftype}",
+                next_step="Leave the recipe out, or use another build with --llama-cpp.",
+            )
+        chosen.append(recipe)
+    order = list(known)
+    table_order = [*TABLE, *(name for name in order if name not in TABLE)]
+    return tuple(sorted(set(chosen), key=lambda recipe: table_order.index(recipe.name)))

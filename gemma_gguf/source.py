@@ -1,0 +1,354 @@
+"""MODEL -> a local checkpoint, and what is true of it.
+
+Consumes what the user typed: `demo`, a directory, or a hub id with an optional `@revision`. Produces a `Source`: a
+directory, the hash of every file that conversion needs, and the facts of the model, read from those files. Nothing
+of a model repository is ever executed: Python files are neither downloaded nor staged, `auto_map` and pickled
+weights are refused with the reason.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from gemma_gguf import demo, gemma
+from gemma_gguf.errors import BadInputError, GemmaGGUFError
+from gemma_gguf.files import HashMemory
+from gemma_gguf.manifest import ModelFacts
+from gemma_gguf.progress import Progress, silent
+
+# What conversion can need, as patterns of huggingface_hub; everything else stays where it is.
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "README.md",
+    # EmbeddingGemma: the dense layers of sentence-transformers
+    "modules.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "[0-9]_*/model.safetensors",
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """What the user typed, understood: `origin` is `demo`, `local` or `hub`."""
+
+    origin: str
+    org: str
+    model: str
+    location: Path | None = None  # of a local directory
+    revision: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """How files of the set begin: `<org>_<model>`."""
+        return f"{self.org}_{self.model}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this disk and its facts. `files` are relative POSIX paths, only those that are needed."""
+
+    name: ModelName
+    path: Path
+    facts: ModelFacts
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return self.facts.files
+
+
+def understand(model: str, name: str | None = None) -> ModelName:
+    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory.
+
+    Raises `BadInputError` when MODEL is none of the three.
+    """
+    if name is not None and not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", name):
+        raise BadInputError(f"--name {name!r} is not ORG/MODEL", next_step="For example: --name my-org/my-gemma")
+    if model == "demo":
+        return ModelName("demo", demo.ORG, demo.MODEL)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        org, _, short = (name or f"local/{path.name}").partition("/")
+        if not NAME.fullmatch(short):
+            raise BadInputError(
+                f"the directory name {short!r} cannot name files", next_step="Give the model a name: --name ORG/MODEL"
+            )
+        return ModelName("local", org, short, path)
+    repo, _, revision = model.partition("@")
+    if not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", repo):
+        raise BadInputError(
+            f"there is no model {model!r}: no such directory, and not a hub id",
+            next_step="Give demo, a checkpoint's directory, or a hub id such as google/gemma-3-4b-it.",
+        )
+    org, _, short = repo.partition("/")
+    return ModelName("hub", org, short, revision=revision or None)
+
+
+def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = silent) -> Source:
+    """Have the checkpoint on this disk and read its facts. `work` is where the demo is rebuilt."""
+    if name.origin == "hub":
+        path, commit = _download(name)
+    elif name.origin == "demo":
+        path, commit = _demo(work / "demo", progress), None
+    else:
+        assert name.location is not None
+        path, commit = name.location, None
+    _refuse_unusable(path)
+    config = _config(path)
+    files = _needed_files(path)
+    tensors = _tensor_shapes(path, files)
+    card = _front_matter(path / "README.md")
+    architecture = _architecture(path, config)
+    family = gemma.family_of(architecture)
+    if family is None:
+        known = ", ".join(a for f in gemma.FAMILIES for a in f.architectures)
+        raise BadInputError(
+            f"{path} holds a {architecture}, which is not a Gemma architecture", next_step=f"Known are: {known}."
+        )
+    hashes = {}
+    for done, file in enumerate(files):
+        progress("hashing the checkpoint", done, len(files), "files")
+        hashes[file] = memory.sha256(path / file)
+    named = name.origin != "local" or name.org != "local"
+    facts = ModelFacts(
+        org=name.org,
+        model=name.model,
+        origin=name.origin,  # type: ignore[arg-type]
+        repo=f"{name.org}/{name.model}" if named else None,
+        revision=commit,
+        files=hashes,
+        architecture=architecture,
+        family=family.name,
+        gguf_arch=family.gguf_arch,
+        n_parameters=sum(tensors.values()),
+        vision=config.get("vision_config") is not None,
+        audio=config.get("audio_config") is not None,
+        qat=_is_qat(name, card),
+        license=card.get("license") if isinstance(card.get("license"), str) else None,
+        chat_template=_chat_template(path),
+        front_matter=card,
+        base_is_dequantised=name.origin == "demo",
+    )
+    return Source(name, path, facts)
+
+
+def _demo(directory: Path, progress: Progress) -> Path:
+    checkpoint = directory / demo.MODEL
+    if not (checkpoint / "config.json").is_file():
+        packaged = demo.packaged_gguf(directory)
+        demo.rebuild_checkpoint(packaged, checkpoint, progress)
+        packaged.unlink()
+    return checkpoint
+
+
+def _download(name: ModelName) -> tuple[Path, str]:
+    """(snapshot directory, commit) of a hub model; only what conversion needs is downloaded."""
+    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415 - slow to import
+
+    repo = f"{name.org}/{name.model}"
+    try:
+        info = HfApi().model_info(repo, revision=name.revision)
+        commit = str(info.sha)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        if not any(file.endswith(".safetensors") for file in names) and any(_is_pickle(file) for file in names):
+            raise _pickled(repo)
+        path = snapshot_download(repo, revision=commit, allow_patterns=list(NEEDED))
+    except errors.GatedRepoError as error:
+        raise GemmaGGUFError(
+            f"{repo} is gated and this account has no access to it",
+            next_step=f"Accept the terms on https://huggingface.co/{repo}, then run: hf auth login",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise BadInputError(f"{repo} has no revision {name.revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise BadInputError(
+            f"there is no model {repo} on the hub, or it is private",
+            next_step="Check the name; for a private model run: hf auth login",
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GemmaGGUFError(
+            f"cannot reach the hub for {repo}: {reason}",
+            next_step="Check the network (HF_ENDPOINT names another server), or give a local directory.",
+        ) from error
+    return Path(path), commit
+
+
+def _is_pickle(name: str) -> bool:
+    return PurePosixPath(name).suffix in PICKLES and PurePosixPath(name).name not in {"training_args.bin"}
+
+
+def _pickled(where: object) -> BadInputError:
+    return BadInputError(
+        f"{where} has its weights only as pickles, which can run code when they are loaded",
+        next_step="Use a revision with safetensors, or load and save it with transformers: that writes safetensors.",
+    )
+
+
+def _refuse_unusable(path: Path) -> None:
+    if (path / "adapter_config.json").is_file():
+        raise BadInputError(
+            f"{path} is a LoRA adapter, not a model",
+            next_step="Merge it into its base model first (peft: merge_and_unload).",
+        )
+    if not (path / "config.json").is_file():
+        raise BadInputError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
+    weights = [file.name for file in path.iterdir() if file.is_file()]
+    if not any(file.endswith(".safetensors") for file in weights):
+        if any(_is_pickle(file) for file in weights):
+            raise _pickled(path)
+        raise BadInputError(f"{path} has no *.safetensors files", next_step="Download the weights, too.")
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if (path / file).is_file() and "auto_map" in _json(path / file):
+            raise BadInputError(
+                f"{path / file} asks to run the model's own code (auto_map); code of a model is never executed here",
+                next_step="Use the original Gemma checkpoint; Gemma needs no code of its own.",
+            )
+    if not any((path / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
+        raise BadInputError(f"{path} has no tokenizer (tokenizer.model or tokenizer.json)")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path} is not readable JSON: {error}", next_step="Download it again.") from error
+    if not isinstance(value, dict):
+        raise BadInputError(f"{path} is not a JSON object", next_step="Download it again.")
+    return value
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return _json(path / "config.json")
+
+
+def _architecture(path: Path, config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise BadInputError(f"{path / 'config.json'} names no architecture")
+    return names[0]
+
+
+def _needed_files(path: Path) -> list[str]:
+    found = {file for pattern in NEEDED for file in path.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(path).as_posix() for file in found)
+
+
+def _tensor_shapes(path: Path, files: list[str]) -> dict[str, int]:
+    """{tensor: number of elements} over all shards; checks that every shard of the index is there and whole."""
+    sizes: dict[str, int] = {}
+    for file in files:
+        if file.endswith(".safetensors") and "/" not in file:
+            sizes.update(read_safetensors_header(path / file))
+    for index in (file for file in files if file.endswith(".safetensors.index.json")):
+        weight_map = _json(path / index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise BadInputError(f"{path / index} has no weight_map")
+        missing = sorted({str(shard) for shard in weight_map.values()} - set(files))
+        if missing:
+            raise BadInputError(
+                f"{path} lacks {len(missing)} of its weight files, first {missing[0]}", next_step="Download them again."
+            )
+        lost = sorted(set(weight_map) - set(sizes))
+        if lost:
+            raise BadInputError(f"no weight file of {path} holds {lost[0]}, which {index} names")
+    return sizes
+
+
+def read_safetensors_header(path: Path) -> dict[str, int]:
+    """{tensor: number of elements} of one file, checked against its length.
+
+    Raises `BadInputError` when the header lies about itself or the data is cut.
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    size = path.stat().st_size
+
+    def broken(why: str) -> BadInputError:
+        return BadInputError(f"{path} is not a whole safetensors file: {why}", next_step="Download it again.")
+
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_SAFETENSORS_HEADER):
+            raise broken(f"its header claims {length} bytes in a file of {size}")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise broken(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise broken("its header is not a JSON object")
+    sizes: dict[str, int] = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape, (start, end) = tensor["shape"], tensor["data_offsets"]
+            elements = 1
+            for dim in shape:
+                elements *= dim
+        except (KeyError, TypeError, ValueError) as error:
+            raise broken(f"tensor {name!r} has no shape and offsets") from error
+        if not (isinstance(elements, int) and isinstance(start, int) and isinstance(end, int) and 0 <= start <= end):
+            raise broken(f"tensor {name!r} has impossible numbers")
+        if 8 + length + end > size:
+            raise broken(f"tensor {name!r} ends {8 + length + end - size} bytes past the end")
+        sizes[name] = elements
+    return sizes
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML block at the top of a model card; an unreadable one counts as none."""
+    if not readme.is_file():
+        return {}
+    match = re.match(r"---\r?\n(.*?)\r?\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        value = yaml.safe_load(match[1])
+        # Dates and the like become text: the manifest is JSON.
+        return json.loads(json.dumps(value, default=str)) if isinstance(value, dict) else {}
+    except (yaml.YAMLError, RecursionError, TypeError):
+        return {}
+
+
+def _is_qat(name: ModelName, card: Mapping[str, Any]) -> bool:
+    tags = card.get("tags")
+    words = [name.model, *(tags if isinstance(tags, list) else [])]
+    return any(re.search(r"(^|[-_ ])qat($|[-_ ])", str(word).lower()) for word in words)
+
+
+def _chat_template(path: Path) -> str | None:
+    """The checkpoint's chat template, from the places where transformers looks, in its order."""
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        if (path / file).is_file():
+            template = _json(path / file).get("chat_template")
+            if isinstance(template, list):
+                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+                template = named.get("default")
+            if isinstance(template, str):
+                return template
+    return None

@@ -1,0 +1,204 @@
+"""What a fan-out worker does: one function, self-contained, the same for every executor.
+
+Consumes the path of a job file and the number of a task in it; produces bytes in the job's output files and a few
+figures. A task is a list of (tensor, row range): the source rows are read and widened once, quantised once per
+distinct target type, validated, and written to every output that wants them. Tasks share nothing and may run twice:
+they write the same bytes to the same places.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType
+
+from gemma_gguf import gguf_io
+from gemma_gguf.files import pwrite_all
+from gemma_gguf.libggml import Ggml
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """Figures of one finished task: seconds of CPU in all and inside ggml's quantise functions, bytes moved."""
+
+    index: int
+    cpu_seconds: float
+    quantize_seconds: float
+    read_bytes: int
+    written_bytes: int
+
+
+class _Context:
+    """What a worker process keeps open between the tasks of one job."""
+
+    def __init__(self, job_path: Path) -> None:
+        self.job: dict[str, Any] = json.loads(job_path.read_text())
+        self.ggml = Ggml(Path(self.job["bin_dir"]))
+        self.base = os.open(self.job["base"], os.O_RDONLY)
+        self.outputs: dict[int, int] = {}
+        self.imatrix = gguf_io.read_header(Path(self.job["imatrix"])) if self.job["imatrix"] else None
+        self._weights: tuple[str, npt.NDArray[np.float32] | None] = ("", None)
+        self._slot = os.open(job_path.with_name(f"busy-{os.getpid()}"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def output(self, index: int) -> int:
+        if index not in self.outputs:
+            self.outputs[index] = os.open(self.job["outputs"][index], os.O_WRONLY)
+        return self.outputs[index]
+
+    def busy_with(self, what: str) -> None:
+        """Leave a note of what is being computed, for whoever finds this process dead."""
+        os.pwrite(self._slot, what.encode()[:200].ljust(200), 0)
+
+    def weights(self, name: str) -> npt.NDArray[np.float32] | None:
+        """The imatrix rows of a tensor, shape (experts, columns), as llama-quantize computes them: sum over count."""
+        if self._weights[0] != name:
+            self._weights = (name, self._read_weights(name))
+        return self._weights[1]
+
+    def _read_weights(self, name: str) -> npt.NDArray[np.float32] | None:
+        header = self.imatrix
+        if header is None or f"{name}.in_sum2" not in header.by_name:
+            return None
+        sums = header.read(header.by_name[f"{name}.in_sum2"]).view(np.float32)
+        counts = np.rint(header.read(header.by_name[f"{name}.counts"]).view(np.float32).reshape(-1, 1))
+        sums = sums.reshape(counts.shape[0], -1)
+        # An expert that saw no token counts every column the same.
+        return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _context(job_path: str, _identity: str) -> _Context:
+    return _Context(Path(job_path))
+
+
+def start_worker(crash_dir: str) -> None:
+    """Initialise a local worker process: leave a trace of a crash, and end when the driver does, however it ends."""
+    crash = Path(crash_dir, f"crash-{os.getpid()}").open("w")  # noqa: SIM115 - open as long as the process lives
+    faulthandler.enable(crash)
+    _keep_open.append(crash)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+_keep_open: list[IO[str]] = []
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def run_task(job_path: str, identity: str, index: int, skip: frozenset[int]) -> TaskDone:
+    """Do task `index` of a job; outputs in `skip` are finished already and not touched.
+
+    Raises `VerificationError` when ggml finds its own result invalid.
+    """
+    started = time.thread_time()
+    context = _context(job_path, identity)
+    in_quantize, n_read, n_written = 0.0, 0, 0
+    touched: set[int] = set()
+    task = context.job["tasks"][index]
+    for tensor_index, first_row, n_rows in task["pieces"]:
+        tensor = context.job["tensors"][tensor_index]
+        source = GGMLQuantizationType[tensor["type"]]
+        row_bytes = tensor["row_bytes"]
+        raw = np.empty((n_rows, row_bytes), dtype=np.uint8)
+        _read_all(context.base, raw, tensor["offset"] + first_row * row_bytes)
+        n_read += raw.size
+        widened: npt.NDArray[np.float32] | None = None
+        for target in tensor["targets"]:
+            places = [(output, place) for output, place in target["places"] if output not in skip]
+            if target["phase"] != task["phase"] or not places:
+                continue
+            kind = GGMLQuantizationType[target["type"]]
+            context.busy_with(f"{tensor['name']} as {kind.name}")
+            if kind is source:
+                made = raw.reshape(-1)
+            else:
+                if widened is None:
+                    widened = context.ggml.widen(raw, source)
+                begun = time.thread_time()
+                made = _quantize(context, tensor, widened, kind, first_row)
+                in_quantize += time.thread_time() - begun
+            for output, place in places:
+                pwrite_all(context.output(output), made.data, place + first_row * target["row_bytes"])
+                n_written += made.size
+                touched.add(output)
+    if context.job["fsync"]:
+        for output in touched:
+            os.fsync(context.output(output))
+    context.busy_with("")
+    return TaskDone(index, time.thread_time() - started, in_quantize, n_read, n_written)
+
+
+def _quantize(
+    context: _Context, tensor: dict[str, Any], rows: npt.NDArray[np.float32], kind: GGMLQuantizationType, first_row: int
+) -> npt.NDArray[np.uint8]:
+    """Quantise rows of one tensor; a range over several experts is cut where the imatrix changes."""
+    weights = context.weights(tensor["name"])
+    per_expert = tensor["rows_per_expert"]
+    parts: list[npt.NDArray[np.uint8]] = []
+    at = 0
+    while at < len(rows):
+        expert, inside = divmod(first_row + at, per_expert)
+        count = min(len(rows) - at, per_expert - inside)
+        own = None if weights is None else weights[expert if len(weights) > 1 else 0]
+        parts.append(context.ggml.quantize(rows[at : at + count], kind, own))
+        at += count
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _read_all(descriptor: int, into: npt.NDArray[np.uint8], offset: int) -> None:
+    view = into.reshape(-1).data
+    while view:
+        n = os.preadv(descriptor, [view], offset)
+        if n == 0:
+            raise EOFError(f"the base ends at byte {offset}")
+        view, offset = view[n:], offset + n
+
+
+def measure_speeds(bin_dir: str, type_names: list[str], seconds: float = 0.15) -> dict[str, float]:
+    """Elements per second and core of ggml's quantiser of each type, with an imatrix, on normal weights."""
+    ggml = Ggml(Path(bin_dir))
+    rng = np.random.default_rng(0)
+    columns = 1024
+    weights = rng.random(columns, dtype=np.float32)
+    speeds: dict[str, float] = {}
+    for name in type_names:
+        kind = GGMLQuantizationType[name]
+        ggml.init(kind)
+        rows = rng.normal(0, 0.02, (8, columns)).astype(np.float32)
+        ggml.quantize(rows, kind, weights)
+        begun, done = time.thread_time(), 0
+        while (spent := time.thread_time() - begun) < seconds:
+            ggml.quantize(rows, kind, weights)
+            done += rows.size
+        speeds[name] = done / spent
+    return speeds
+
+
+def clear_slots(job_dir: Path) -> list[str]:
+    """Read and remove what dead workers left: notes of the tensors they were at, those of crashed ones alone if any."""
+    busy: dict[str, str] = {}
+    crashed: list[str] = []
+    for slot in sorted(job_dir.glob("busy-*")):
+        busy[slot.name.removeprefix("busy-")] = slot.read_text(errors="replace").strip(" \0")
+        slot.unlink()
+    for crash in sorted(job_dir.glob("crash-*")):
+        with contextlib.suppress(OSError):
+            if crash.stat().st_size:
+                crashed.append(busy.get(crash.name.removeprefix("crash-"), "") or "an unknown tensor")
+        crash.unlink()
+    return crashed

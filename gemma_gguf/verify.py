@@ -1,0 +1,147 @@
+"""A finished file against its plan, before it gets its final name.
+
+Consumes a partial file and the plan; produces the `Checks` that go into the manifest, or a `VerificationError` that
+names the first thing that is wrong. Nothing that fails here is ever given a final name.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from gemma_gguf import gguf_io
+from gemma_gguf.errors import ToolFailedError, VerificationError
+from gemma_gguf.gguf_io import Header
+from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
+from gemma_gguf.manifest import Checks
+from gemma_gguf.plan import FilePlan, layout_of
+
+
+def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | None, log: RunLog) -> Checks:
+    """All checks of one file: header, layout, size, sampled rows, keys and, with `text`, a load in llama.cpp.
+
+    `plan` is None for files whose layout no plan names (mmproj, base); `text` None skips the load.
+    """
+    header = gguf_io.read_header(path)
+    if plan is not None:
+        check_layout(header, plan)
+    check_size(header)
+    check_keys(header)
+    rows = check_rows(header)
+    load = check_load(path, text, build=build, log=log) if text is not None else None
+    return Checks(layout_sha256=layout_of(header.tensors), sampled_rows=rows, load=load)
+
+
+def check_layout(header: Header, plan: FilePlan) -> None:
+    """Tensor names, order, shapes and types are the planned ones."""
+    if len(header.tensors) != len(plan.tensors):
+        raise VerificationError(f"{header.path} holds {len(header.tensors)} tensors, {len(plan.tensors)} were planned")
+    for actual, planned in zip(header.tensors, plan.tensors, strict=True):
+        if actual.name != planned.name:
+            raise VerificationError(f"{header.path} has {actual.name} where {planned.name} was planned")
+        if math.prod(actual.shape) != planned.n_elements or actual.shape[0] != planned.shape[0]:
+            raise VerificationError(
+                f"{header.path}: {actual.name} has shape {list(actual.shape)}, {list(planned.shape)} was planned"
+            )
+        if actual.ggml_type is not planned.target:
+            raise VerificationError(
+                f"{header.path}: {actual.name} is {actual.ggml_type.name}, {planned.target.name} was planned"
+            )
+
+
+def check_size(header: Header) -> None:
+    """The file ends exactly where its tensor data, padded to the alignment, ends."""
+    expected = gguf_io.expected_size(header.data_start, [t.n_bytes for t in header.tensors], header.alignment)
+    if header.file_size != expected:
+        raise VerificationError(f"{header.path} has {header.file_size} bytes, its header describes {expected}")
+
+
+def check_keys(header: Header) -> None:
+    """No key holds an absolute path: provenance must not depend on, or tell of, this machine."""
+    here = [str(Path.home()), str(Path.cwd())]
+    for name, text in header.strings():
+        if name == "tokenizer.chat_template":
+            continue
+        absolute = "\n" not in text and (PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute())
+        if absolute or any(len(place) > 1 and place in text for place in here):
+            raise VerificationError(f"{header.path}: key {name} holds a path of this machine: {text[:120]!r}")
+
+
+def check_rows(header: Header) -> int:
+    """Dequantise the first, middle and last row of every tensor; all values must be finite. Returns the row count."""
+    sampled = 0
+    for tensor in header.tensors:
+        n_rows = tensor.n_elements // tensor.shape[0]
+        for row in sorted({0, n_rows // 2, n_rows - 1}):
+            values = gguf_io.dequantize(header.read(tensor, row, 1), tensor.ggml_type)
+            if not np.isfinite(values).all():
+                raise VerificationError(
+                    f"{header.path}: row {row} of {tensor.name} ({tensor.ggml_type.name}) holds NaN or Inf"
+                )
+            sampled += 1
+    return sampled
+
+
+def check_load(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
+    """Load the file in llama.cpp and compute logits on a text; returns how: `bindings` or `llama-perplexity`.
+
+    Builds without bindings of their own release (git:, dir:) are asked through llama-perplexity instead.
+    """
+    try:
+        if build.bindings is not None:
+            # Not beside the package's own modules: Python would put that directory first on its path.
+            argv: list[str | Path] = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "gemma_gguf.bindings",
+                "check",
+                path.resolve(),
+                text.resolve(),
+            ]
+            package_parent = str(Path(__file__).parents[1])
+            env = python_env(build)
+            env["PYTHONPATH"] = os.pathsep.join((env["PYTHONPATH"], package_parent))
+            output = run_tool(argv, log=log, env=env).output
+            answer = json.loads(output[output.index("{") :].splitlines()[0])
+            if not (answer["all_finite"] and answer["varied"]):
+                raise VerificationError(f"{path} loads in llama.cpp, but its logits are not finite", log=log.path)
+            return "bindings"
+        argv = [build.tool("llama-perplexity"), "-m", path, "-f", text, "-c", "64", "-b", "64", "--chunks", "1"]
+        output = run_tool(argv, log=log).output
+    except ToolFailedError as error:
+        raise VerificationError(f"{path} does not load in llama.cpp: {error.what}", log=log.path) from error
+    ppl = re.search(r"\[1\]([-\w.]+)", output)
+    if ppl is None or not math.isfinite(float(ppl[1])):
+        raise VerificationError(f"{path} loads in llama.cpp, but its logits are not finite", log=log.path)
+    return "llama-perplexity"
+
+
+def compare(made: Path, reference: Path) -> None:
+    """Raise `VerificationError` unless two GGUF files are the same bytes, naming the first tensor that differs."""
+    if _sha256(made) == _sha256(reference):
+        return
+    ours, theirs = gguf_io.read_header(made), gguf_io.read_header(reference)
+    where = "their headers differ"
+    for a, b in zip(ours.tensors, theirs.tensors, strict=False):
+        if (a.name, a.ggml_type) != (b.name, b.ggml_type):
+            where = f"{a.name} ({a.ggml_type.name}) stands where llama-quantize has {b.name} ({b.ggml_type.name})"
+            break
+        if not np.array_equal(ours.read(a), theirs.read(b)):
+            where = f"the first tensor that differs is {a.name} ({a.ggml_type.name})"
+            break
+    raise VerificationError(
+        f"{made} is not what llama-quantize of the same build writes: {where}",
+        next_step="Make the set with --engine llama-quantize, and report this: it should never happen.",
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

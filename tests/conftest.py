@@ -1,0 +1,65 @@
+"""Shared fixtures: the real llama.cpp build, small real checkpoints, and one finished quant set made from one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_gguf import factory, llama_cpp
+from gemma_gguf.factory import Options, Report
+from gemma_gguf.llama_cpp import Build, RunLog
+from tests import checkpoints
+
+CHUNKS = 8  # of calibration text; enough for every tensor of a test model to have data
+
+_ran_on_llama: set[str] = set()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for the real build, directly or through another fixture, carries the marker."""
+    for item in items:
+        if "build" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.llama)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and "llama" in report.keywords:
+        _ran_on_llama.add(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"{len(_ran_on_llama)} of these tests ran against the real llama.cpp build")
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """The default llama.cpp build, made now if the cache has none."""
+    return llama_cpp.build(wait=True)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[RunLog]:
+    log = RunLog(tmp_path / "run.log")
+    yield log
+    log.close()
+
+
+@pytest.fixture(scope="session")
+def vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write_gemma3_vision(tmp_path_factory.mktemp("checkpoints") / "tiny-vision")
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write_gemma3_text(tmp_path_factory.mktemp("checkpoints") / "tiny-text")
+
+
+@pytest.fixture(scope="session")
+def set_options(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
+    return Options(str(vision_checkpoint), name="test/tiny-vision", out=tmp_path_factory.mktemp("out"), chunks=CHUNKS)
+
+
+@pytest.fixture(scope="session")
+def finished(build: Build, set_options: Options) -> Report:
+    """All 27 recipes of the multimodal test model. Shared: tests that change files copy them first."""
+    return factory.run(set_options)
