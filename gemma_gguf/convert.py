@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import MissingToolError, VerificationError
-from gemma_gguf.files import PARTIAL
+from gemma_gguf.files import partial_path
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
 from gemma_gguf.progress import Progress, silent
@@ -96,16 +96,14 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
 def _convert_one(
     build: Build, work: Path, staged: str, outtype: str, name: str, *, mmproj: bool, log: RunLog, progress: Progress
 ) -> Converted:
-    # With --mmproj the converter puts `mmproj-` before the name it is given.
-    outfile = f"{Path(name).stem}{PARTIAL}.gguf".removeprefix("mmproj-" if mmproj else "")
-    written = work / (f"mmproj-{outfile}" if mmproj else outfile)
+    written = partial_path(work / name)
     written.unlink(missing_ok=True)
 
     def show(piece: str) -> None:
         if match := re.match(r"Writing: +(\d+)%", piece):
             progress(f"converting {name}", int(match[1]), 100, "%")
 
-    argv = converter_argv(build, staged, outtype, outfile, mmproj=mmproj)
+    argv = converter_argv(build, staged, outtype, written.name, mmproj=mmproj)
     done = run_tool(argv, log=log, cwd=work, env=python_env(build), on_piece=show)
     header = gguf_io.read_header(written)
     if not header.tensors:

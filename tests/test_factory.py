@@ -1,0 +1,195 @@
+"""The whole factory on a small real checkpoint with the real llama.cpp build."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_gguf import factory, gguf_io, imatrix, manifest, recipes
+from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.factory import Options, Report
+from gemma_gguf.files import HashMemory
+
+STEM = "test_tiny-vision"
+
+
+@pytest.fixture
+def copied(finished: Report, tmp_path: Path) -> Path:
+    """A copy of the finished set that a test may damage."""
+    return Path(shutil.copytree(finished.set_dir, tmp_path / finished.set_dir.name))
+
+
+@pytest.fixture
+def again(finished: Report, set_options: Options, tmp_path: Path) -> Options:
+    """Options for another output directory that starts from the finished set's base and imatrix."""
+    return replace(
+        set_options,
+        out=tmp_path / "again",
+        base=finished.set_dir / f"{STEM}-bf16.gguf",
+        imatrix=finished.set_dir / f"{STEM}-imatrix.gguf",
+        proof=False,
+    )
+
+
+def test_set_holds_exactly_what_the_hub_repo_will(finished: Report) -> None:
+    expected = {f"{STEM}-{name}.gguf" for name in recipes.DEFAULT_NAMES}
+    expected |= {f"mmproj-{STEM}-{kind}.gguf" for kind in ("f16", "bf16", "f32")}
+    expected |= {f"{STEM}-imatrix.gguf", "README.md", "quantset.json"}
+    assert {path.name for path in finished.set_dir.iterdir()} == expected
+    assert len(recipes.DEFAULT_NAMES) == 27
+
+
+def test_manifest_tells_the_truth_about_every_file(finished: Report) -> None:
+    facts = manifest.load(finished.set_dir)
+    memory = HashMemory(finished.set_dir / "unused", rehash=True)
+    for entry in facts.files:
+        path = finished.set_dir / entry.name
+        assert (entry.n_bytes, entry.sha256) == (path.stat().st_size, memory.sha256(path)), entry.name
+        assert entry.types == gguf_io.read_header(path).type_histogram()
+        if entry.kind == "model":
+            assert entry.checks is not None
+            assert entry.checks.load == "bindings"
+    assert facts.imatrix is not None
+    assert facts.imatrix.n_chunks == 8
+    assert facts.imatrix.datasets == ["calibration-default.txt"]
+
+
+def test_nothing_tells_of_this_machine(finished: Report, set_options: Options) -> None:
+    """Neither manifest, card nor any key holds the output directory, the checkpoint's place, or a home."""
+    for name in ("quantset.json", "README.md"):
+        text = (finished.set_dir / name).read_text()
+        for place in (set_options.out, Path(set_options.model).parent, Path.home(), Path.cwd()):
+            assert str(place) not in text, (name, place)
+    for path in finished.set_dir.glob("*.gguf"):
+        for key, text in gguf_io.read_header(path).strings():
+            assert not text.startswith("/"), (path.name, key)
+
+
+def test_low_bit_types_are_really_used(finished: Report) -> None:
+    for recipe, kind in (("Q4_K_M", "Q4_K"), ("IQ2_XS", "IQ2_XS"), ("IQ3_XXS", "IQ3_XXS"), ("Q2_K", "Q2_K")):
+        header = gguf_io.read_header(finished.set_dir / f"{STEM}-{recipe}.gguf")
+        assert header.type_histogram()[kind] > 0, recipe
+
+
+def test_large_row_differs_in_the_embedding_alone(finished: Report) -> None:
+    plain = gguf_io.read_header(finished.set_dir / f"{STEM}-Q4_K_M.gguf")
+    large = gguf_io.read_header(finished.set_dir / f"{STEM}-Q4_K_L.gguf")
+    differing = [
+        a.name
+        for a, b in zip(plain.tensors, large.tensors, strict=True)
+        if a.ggml_type is not b.ggml_type or not np.array_equal(plain.read(a), large.read(b))
+    ]
+    assert differing == ["token_embd.weight"]
+    assert large.by_name["token_embd.weight"].ggml_type.name == "Q8_0"
+    entry = manifest.load(finished.set_dir).file(large.path.name)
+    assert entry is not None
+    assert (entry.parent, entry.differs) == ("Q4_K_M", ["token_embd.weight"])
+
+
+def test_projectors_hold_the_tower_three_times(finished: Report) -> None:
+    headers = {
+        kind: gguf_io.read_header(finished.set_dir / f"mmproj-{STEM}-{kind}.gguf") for kind in ("f16", "bf16", "f32")
+    }
+    assert len({tuple(sorted(header.by_name)) for header in headers.values()}) == 1
+    assert headers["f32"].file_size > headers["f16"].file_size
+    assert all(header.n_elements > 90_000 for header in headers.values())
+
+
+def test_second_run_keeps_everything_and_says_why(finished: Report, set_options: Options) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.set_dir.iterdir()}
+    report = factory.run(set_options)
+    assert [done.name for done in report.done if done.made] == []
+    assert {done.why for done in report.done if done.stage == "quantize"} == {
+        "inputs, recipe and build unchanged, file whole"
+    }
+    gguf_files = {path: mtime for path, mtime in before.items() if path.suffix == ".gguf"}
+    assert {path: path.stat().st_mtime_ns for path in gguf_files} == gguf_files
+
+
+def test_work_directory_can_be_deleted(finished: Report, set_options: Options, tmp_path: Path) -> None:
+    """The bf16 row is the base, so nothing is converted again; a missing quant alone is made."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.set_dir, out / finished.set_dir.name)
+    (out / finished.set_dir.name / f"{STEM}-Q8_0.gguf").unlink()
+    report = factory.run(replace(set_options, out=out, proof=False))
+    assert [done.name for done in report.done if done.made and done.stage != "card"] == [f"{STEM}-Q8_0.gguf"]
+
+
+def test_changed_file_is_made_again_with_the_same_bytes(finished: Report, again: Options) -> None:
+    few = replace(again, recipes=("Q4_0", "Q8_0"))
+    first = factory.run(few)
+    path = first.set_dir / f"{STEM}-Q4_0.gguf"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    report = factory.run(few)
+    made = {done.name: done.why for done in report.done if done.made and done.stage == "quantize"}
+    assert made == {path.name: "file missing or changed"}
+    assert path.read_bytes() == good == (finished.set_dir / path.name).read_bytes()
+
+
+def test_unknown_recipe_is_refused_before_any_work(set_options: Options, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="unknown recipe 'Q4_K_X'") as caught:
+        factory.run(replace(set_options, out=tmp_path / "out", recipes=("Q4_K_X",)))
+    assert "Q4_K_M" in (caught.value.next_step or "")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["convert", "imatrix"])
+def test_stages_stop_where_asked(stage: str, again: Options) -> None:
+    report = factory.run(replace(again, until=stage))
+    assert not list(report.set_dir.glob("*Q4_K_M*"))
+    assert (report.set_dir / f"{STEM}-imatrix.gguf").exists() == (stage == "imatrix")
+
+
+def test_quantised_base_is_refused(finished: Report, again: Options) -> None:
+    with pytest.raises(BadInputError, match="quantised already"):
+        factory.run(replace(again, base=finished.set_dir / f"{STEM}-Q8_0.gguf"))
+
+
+def test_imatrix_of_another_model_is_refused(finished: Report, again: Options, tmp_path: Path) -> None:
+    """A name the base does not have is enough; the file is otherwise a good imatrix."""
+    data = (finished.set_dir / f"{STEM}-imatrix.gguf").read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(data.replace(b"blk.0.attn_q.weight", b"blk.9.attn_q.weight"))
+    assert "blk.9.attn_q.weight" in imatrix.read(other).entries
+    with pytest.raises(VerificationError, match=r"of another model: blk\.9\.attn_q\.weight"):
+        factory.run(replace(again, imatrix=other))
+    assert not list((again.out / f"{STEM}-GGUF").glob("*.gguf"))
+
+
+def test_verify_finds_what_is_wrong(copied: Path) -> None:
+    assert {result.problem for result in factory.verify_set(copied)} == {None}
+    flipped, cut, gone = (copied / f"{STEM}-{name}.gguf" for name in ("Q6_K", "Q3_K_S", "Q2_K"))
+    data = bytearray(flipped.read_bytes())
+    data[-100] ^= 0xFF
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-4096])
+    gone.unlink()
+    shutil.copy(copied / f"{STEM}-Q8_0.gguf", copied / "extra.gguf")
+    problems = {result.name: result.problem for result in factory.verify_set(copied) if result.problem}
+    assert set(problems) == {flipped.name, cut.name, gone.name, "extra.gguf"}
+    assert "sha256" in (problems[flipped.name] or "")
+    assert "past the end" in (problems[cut.name] or "")
+    assert problems[gone.name] == "missing"
+    assert problems["extra.gguf"] == "not in quantset.json"
+
+
+def test_disk_budget_is_refused_before_work_with_what_would_fit(again: Options) -> None:
+    with pytest.raises(BadInputError, match="are missing") as caught:
+        factory.run(replace(again, disk_budget=4_000_000))
+    assert "--recipes IQ2_XXS,IQ2_XS" in (caught.value.next_step or "")
+    assert not list((again.out / ".work" / STEM).glob("*Q4_K_M.partial*"))
+
+
+def test_card_follows_the_manifest(copied: Path) -> None:
+    """A number changed in quantset.json changes README.md; nothing else feeds it."""
+    path = copied / "quantset.json"
+    raw = json.loads(path.read_text())
+    raw["imatrix"]["n_chunks"] = 4321
+    path.write_text(json.dumps(raw))
+    assert factory.write_card(copied)
+    assert "4321 chunks" in (copied / "README.md").read_text()
+    assert not factory.write_card(copied)
