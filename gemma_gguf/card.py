@@ -5,6 +5,7 @@ from the Jinja templates of a theme, one partial per section. Undefined names ar
 comes from a model's own card is quoted by the YAML writer or escaped for Markdown on its way.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class Row:
 
 
 def gigabytes(n_bytes: int) -> str:
-    """Decimal GB with two digits, as the Hub and the reference cards show sizes: `0.24GB`."""
-    return f"{n_bytes / 1e9:.2f}GB"
+    """Decimal GB with two digits, as the Hub and the reference cards show sizes: `0.24GB`; MB below 10 MB."""
+    return f"{n_bytes / 1e9:.2f}GB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2f}MB"
 
 
 def table_rows(manifest: Manifest) -> list[Row]:
@@ -61,12 +62,16 @@ def table_rows(manifest: Manifest) -> list[Row]:
 
 def _row(entry: FileEntry, manifest: Manifest) -> Row:
     outtype = entry.name.removesuffix(".gguf").rpartition("-")[2]
-    about = entry.about or f"Vision and audio projector in {outtype}; needed beside any of the files below for images"
+    senses = [word for word, has in (("vision", manifest.model.vision), ("audio", manifest.model.audio)) if has]
+    kind = " and ".join(senses).capitalize()
+    about = entry.about or f"{kind} projector in {outtype}; needed beside any file below"
     if entry.parent is not None and not entry.differs:
         about = f"Same tensors as {entry.parent}: in this model embedding and output have Q8_0 there already"
     elif entry.fallbacks:
         n = sum(entry.fallbacks.values())
-        about += f"; {n} tensors in another type because their columns are not divisible by 256"
+        of_256 = all("_K" in pair.partition(" ")[0] or pair.startswith("IQ") for pair in entry.fallbacks)
+        why = "are not divisible by 256" if of_256 else "do not allow the usual one"
+        about += f"; {n} tensors in another type because their columns {why}"
     return Row(
         name=entry.name,
         quant=entry.recipe or f"mmproj {outtype}",
@@ -83,7 +88,9 @@ def front_matter(manifest: Manifest) -> ModelCardData:
     model = manifest.model
     original = model.front_matter
     carried = {key: original[key] for key in CARRIED_KEYS if key in original}
-    tags = [tag for tag in original.get("tags") or [] if isinstance(tag, str)]
+    listed = original.get("tags")
+    listed = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
+    tags = [tag for tag in listed if isinstance(tag, str)]
     # Front matter must stay what it is after a round trip, so values the Hub does not know are left out, not blanked.
     return ModelCardData(
         base_model=model.repo,
@@ -98,9 +105,15 @@ def front_matter(manifest: Manifest) -> ModelCardData:
 def _escape(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     flat = " ".join(str(text).split())
-    for character in "\\`*_{}[]<>#|":
-        flat = flat.replace(character, f"\\{character}" if character not in "<>" else f"&{'lg'[character == '>']}t;")
-    return flat
+    for character in "\\`*{}[]#|~":
+        flat = flat.replace(character, f"\\{character}")
+    flat = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", flat)  # inside a word it emphasises nothing
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: object) -> str:
+    """Text inside a Markdown code span, also in a table cell: no backtick, no bar, one line."""
+    return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
 
 
 def context(manifest: Manifest) -> dict[str, Any]:
@@ -112,7 +125,6 @@ def context(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.model,
         "build": build,
         "build_name": f"b{build.build_number}" if build.build_number else build.version,
-        "commit_link": f"https://github.com/ggml-org/llama.cpp/commit/{build.commit}",
         "imatrix_file": next((e.name for e in manifest.files if e.kind == "imatrix"), None),
         "rows": table_rows(manifest),
         "has_mmproj": any(entry.kind == "mmproj" for entry in manifest.files),
@@ -135,6 +147,7 @@ def render(manifest: Manifest, templates: Path | None = None) -> str:
         autoescape=False,  # Markdown, not HTML; foreign text goes through the `md` filter
     )
     environment.filters["md"] = _escape
+    environment.filters["code"] = _code
     environment.filters["gb"] = gigabytes
     body = environment.get_template("README.md.j2").render(context(manifest))
     return f"---\n{front_matter(manifest).to_yaml()}\n---\n{body}"

@@ -5,7 +5,7 @@ Exit code 0: done. 1: something the user can mend, with one clear error. 2: wron
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,9 @@ _run_options = _with_options(
     ),
     click.option("--jobs", type=click.IntRange(1), help="Worker processes of the fan-out engine (default: all cores)."),
     click.option(
+        "--scheduler", metavar="ADDRESS", help="Fan out over this Dask cluster, which shares the file system."
+    ),
+    click.option(
         "--disk-budget", type=_Size(), metavar="SIZE", help="Use no more than this for new files, e.g. 200GB."
     ),
     click.option(
@@ -163,10 +166,10 @@ def build(ctx: click.Context, llama_cpp_spec: str, backend: str, cmake_args: tup
     console.document(made.facts())
 
 
-def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
-    console = _console(ctx)
+def _options(given: Mapping[str, Any], until: str) -> Options:
+    """What the command line gave, as the factory takes it."""
     names = given["recipe_names"]
-    options = Options(
+    return Options(
         model=given["model"],
         name=given["name"],
         out=given["out"],
@@ -182,6 +185,7 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
         base=given["base"],
         engine=given["engine"],
         jobs=given["jobs"],
+        scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
         proof=given["proof"],
         until=until,
@@ -189,6 +193,11 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
         wait=given["wait"],
         templates=given.get("templates"),
     )
+
+
+def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
+    console = _console(ctx)
+    options = _options(given, until)
     if options.model == "demo":
         console.say(demo.TERMS)
     report = factory.run(options, progress=console.progress, say=console.did)
@@ -262,15 +271,41 @@ def quantize(ctx: click.Context, /, **given: Any) -> None:
     _run(ctx, "quantize", **given)
 
 
+@main.command(name="plan")
+@_run_options
+@click.pass_context
+def plan_command(ctx: click.Context, /, **given: Any) -> None:
+    """Show what making the set of MODEL takes: sizes, time, memory of the disk. Makes nothing.
+
+    Sizes are exact once base and imatrix exist, exact up to the imatrix's own choices with the base alone, and
+    estimates from the number of parameters before that.
+
+    \b
+    gemma-gguf plan google/gemma-3-4b-it --disk-budget 40GB
+    """
+    console = _console(ctx)
+    planned = factory.plan_set(_options(given, "card"), progress=console.progress)
+    console.plan(planned)
+    console.document(planned.document())
+
+
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--against",
+    type=click.Choice(["llama-quantize"]),
+    help="Make the quants once more with llama-quantize, and compare them byte for byte.",
+)
+@click.option("--sample", type=click.IntRange(1), help="With --against: only N recipes, spread over the sizes.")
+@_build_options
 @_json
 @click.pass_context
-def verify(ctx: click.Context, directory: Path) -> None:
+def verify(ctx: click.Context, /, directory: Path, *, against: str | None, sample: int | None, **given: Any) -> None:
     """Read every file of the set in DIRECTORY again and compare it with its manifest.
 
     \b
     gemma-gguf verify out/google_gemma-3-270m-GGUF
+    gemma-gguf verify out/google_gemma-3-270m-GGUF --against llama-quantize --sample 3
     """
     console = _console(ctx)
     results = factory.verify_set(directory, progress=console.progress)
@@ -283,7 +318,19 @@ def verify(ctx: click.Context, directory: Path) -> None:
             f"first {first.name}: {first.problem}",
             next_step="Delete them and run `gemma-gguf run` again: only what is missing is made.",
         )
-    console.document({"files": [vars(result) for result in results], "whole": True})
+    compared = (
+        factory.prove_set(
+            directory,
+            given["llama_cpp_spec"],
+            backend=given["backend"],
+            sample=sample,
+            progress=console.progress,
+            say=console.did,
+        )
+        if against
+        else []
+    )
+    console.document({"files": [vars(result) for result in results], "whole": True, "identical": compared})
 
 
 @main.command()

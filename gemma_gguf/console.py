@@ -17,8 +17,9 @@ from rich.table import Table
 
 from gemma_gguf.card import gigabytes
 from gemma_gguf.errors import GemmaGGUFError
-from gemma_gguf.factory import Done, Report, Verified
+from gemma_gguf.factory import Done, Report, SetPlan, Verified
 
+PLAIN_WIDTH = 160  # columns of tables in a log
 PLAIN_SECONDS = 20.0  # between progress lines when nobody watches a terminal
 
 
@@ -28,6 +29,8 @@ class Console:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self._err = RichConsole(stderr=True, soft_wrap=True, highlight=False)
+        if not self._err.is_terminal:
+            self._err.width = PLAIN_WIDTH
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._label = ""
@@ -92,6 +95,35 @@ class Console:
         if report.log.is_file():
             self._err.print(f"The log: {escape(shown_path(report.log))}")
 
+    def plan(self, planned: SetPlan) -> None:
+        """What a set takes: sizes and time per file, then the whole."""
+        self._end_bar()
+        about = "" if planned.exact else "~"
+        rows = [
+            (
+                row.recipe,
+                f"{about}{gigabytes(row.n_bytes)}",
+                f"{row.n_bytes:,}" if planned.exact else "",
+                f"{row.bpw:.2f}",
+                "" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s",
+                ", ".join(f"{n} {kind}" for kind, n in row.types.items()),
+            )
+            for row in planned.files
+        ]
+        self.table(("Recipe", "Size", "Bytes", "bpw", "CPU", "Tensors"), rows, right=(1, 2, 3, 4))
+        self._err.print(f"Sizes and times from: {planned.basis}")
+        if planned.asked_seconds is not None and planned.distinct_seconds is not None:
+            self._err.print(
+                f"CPU time: {planned.distinct_seconds:.0f} s; one llama-quantize after the other: "
+                f"{planned.asked_seconds:.0f} s. With {planned.jobs} workers about {planned.wall_seconds:.0f} s"
+            )
+        needed, there = gigabytes(planned.peak_bytes), gigabytes(planned.budget_bytes)
+        verdict = "fits" if planned.fits else "does NOT fit"
+        self._err.print(f"Disk: {about}{needed} at the peak, {there} there: {verdict}")
+        if len(planned.waves) > 1:
+            for number, group in enumerate(planned.waves, start=1):
+                self._err.print(f"  wave {number}: {', '.join(group)}")
+
     def verified(self, results: Sequence[Verified]) -> None:
         """One line per file of a set that was checked."""
         self._end_bar()
@@ -102,7 +134,8 @@ class Console:
         """A table whose cells are never cut."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index in right else "left", no_wrap=True)
+            last = index == len(columns) - 1  # the one column that may be long: it folds, the others stay whole
+            table.add_column(column, justify="right" if index in right else "left", no_wrap=not last, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self._err.print(table)

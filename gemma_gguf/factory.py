@@ -10,9 +10,11 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ class Options:
     base: Path | None = None
     engine: str = "fanout"
     jobs: int | None = None
+    scheduler: str | None = None  # address of a Dask scheduler
     disk_budget: int | None = None  # bytes
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
     until: str = "card"
@@ -126,11 +129,6 @@ class _Run:
     def base(self) -> Path:
         return self.work / convert.base_name(self.stem)
 
-    @property
-    def base_argument(self) -> str:
-        """The base as the tools are told: relative to the set's directory, where they run."""
-        return f"../{WORK}/{self.stem}/{self.base.name}"
-
     def did(self, done: Done) -> None:
         self.report.done.append(done)
         self.say(done)
@@ -151,8 +149,25 @@ def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], 
     name = source.understand(options.model, options.name)
     if options.until not in STAGES:
         raise BadInputError(f"unknown stage {options.until!r}", next_step=f"Choose one of: {', '.join(STAGES)}.")
-    recipes.select(options.recipes, {})
-    build_started = time.monotonic()
+    # Before anything is built: a name that no llama.cpp knows.
+    recipes.select(
+        options.recipes, dict.fromkeys([*quantize.KNOWN_FTYPES, *(r.ftype for r in recipes.TABLE.values())], "")
+    )
+    with _started(options, name, progress, say) as state:
+        for stage, function in (("convert", _convert), ("imatrix", _imatrix), ("quantize", _quantize), ("card", _card)):
+            function(state)
+            if stage == options.until:
+                break
+        state.report.seconds = time.monotonic() - started
+        return state.report
+
+
+@contextlib.contextmanager
+def _started(
+    options: Options, name: source.ModelName, progress: Progress, say: Callable[[Done], None]
+) -> Iterator[_Run]:
+    """Build, checkpoint, lock, log and manifest: what every stage needs."""
+    started = time.monotonic()
     build = llama_cpp.build(
         options.llama_cpp,
         backend=options.backend,
@@ -166,29 +181,23 @@ def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], 
     with locked(work, f"the set {name.stem}", wait=options.wait), contextlib.closing(RunLog(log_path)) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
-        report = Report(set_dir, log_path)
         state = _Run(
-            options,
-            build,
-            found,
-            set_dir,
-            work,
-            log,
-            memory,
-            report,
-            progress,
-            say,
-            _manifest(set_dir, name, build, found),
+            options=options,
+            build=build,
+            source=found,
+            set_dir=set_dir,
+            work=work,
+            log=log,
+            memory=memory,
+            report=Report(set_dir, log_path),
+            progress=progress,
+            say=say,
+            manifest=_manifest(set_dir, name, build, found),
         )
-        made = time.monotonic() - build_started
-        state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {made:.0f} s", made))
         set_dir.mkdir(parents=True, exist_ok=True)
-        for stage, function in (("convert", _convert), ("imatrix", _imatrix), ("quantize", _quantize), ("card", _card)):
-            function(state)
-            if stage == options.until:
-                break
-        report.seconds = time.monotonic() - started
-        return report
+        took = time.monotonic() - started
+        state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {took:.0f} s", took))
+        yield state
 
 
 def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source) -> Manifest:
@@ -200,7 +209,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         "llama_cpp": _build_facts(build),
     }
     if (set_dir / manifest.FILE_NAME).exists():
-        return manifest.load(set_dir).model_copy(update=facts)
+        old = manifest.load(set_dir)
+        # A manifest never names a file that is not there.
+        return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
     return Manifest(
         schema_version=1,
         calibration=None,
@@ -442,7 +453,17 @@ def _needs_imatrix(state: _Run, header: gguf_io.Header) -> list[str]:
     if recipe is None:
         return []
     asked = _plan(state, recipe, header, with_imatrix=False)
-    return [tensor.name for tensor in asked.tensors if tensor.is_quantized and tensor.name.startswith("blk.")]
+    # The last layers of some Gemmas take keys and values from earlier ones; llama.cpp never reads their own.
+    arch, counts = header.get("general.architecture"), {}
+    for key in ("block_count", "attention.shared_kv_layers"):
+        counts[key] = header.get(f"{arch}.{key}") or 0
+    unused = {
+        f"blk.{layer}.{name}.weight"
+        for layer in range(counts["block_count"] - counts["attention.shared_kv_layers"], counts["block_count"])
+        for name in ("attn_k", "attn_v")
+    }
+    quantised = [tensor.name for tensor in asked.tensors if tensor.is_quantized and tensor.name.startswith("blk.")]
+    return [name for name in quantised if name not in unused]
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
@@ -456,7 +477,7 @@ def _plan(state: _Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: 
     return quantize.plan_recipe(
         state.build,
         recipe,
-        state.base_argument,
+        f"../{WORK}/{state.stem}/{state.base.name}",
         imatrix=imatrix.file_name(state.stem) if with_imatrix else None,
         n_tensors=len(header.tensors),
         cwd=state.set_dir,
@@ -497,9 +518,10 @@ def _quantize(state: _Run) -> None:
         return
     inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
     if state.options.engine == "fanout":
-        _fan_out(state, header, made, inputs)
+        speeds = _speeds(state, [item.plan for item in made])
+        _fan_out(state, header, made, inputs, speeds)
         if state.options.proof:
-            _prove(state, header, made)
+            _prove(state, made, speeds)
     else:
         for item in made:
             _loop_once(state, item)
@@ -536,22 +558,25 @@ def _link_base_row(state: _Run, recipe: Recipe, key: str, why: str) -> None:
     state.did(Done("quantize", final.name, True, why, time.monotonic() - started, entry.n_bytes))
 
 
-def _reference_argv(state: _Run, recipe: Recipe, out: Path) -> list[str]:
-    """The command line that makes a file of the set with llama-quantize, run in the set's directory."""
+def _reference_argv(build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None) -> list[str]:
+    """The command line that makes a file of a set with llama-quantize, run in the set's directory.
+
+    The base lies in the work directory; it is named by a relative path, so no key tells of this machine.
+    """
     return quantize.quantize_argv(
-        state.build,
+        build,
         recipe,
-        state.base_argument,
-        f"../{WORK}/{state.stem}/{out.name}",
-        imatrix=imatrix.file_name(state.stem),
-        threads=state.options.threads,
+        f"../{WORK}/{stem}/{convert.base_name(stem)}",
+        f"../{WORK}/{stem}/{out.name}",
+        imatrix=imatrix.file_name(stem),
+        threads=threads,
     )
 
 
 def _loop_once(state: _Run, item: _Todo) -> None:
     """Make one file with llama-quantize."""
     partial = partial_path(state.set_dir / _file_name(state, item.recipe), state.work)
-    argv = _reference_argv(state, item.recipe, partial)
+    argv = _reference_argv(state.build, state.stem, item.recipe, partial, state.options.threads)
     run = quantize.run_llama_quantize(
         argv, f"quantising {item.recipe.name}", cwd=state.set_dir, log=state.log, progress=state.progress
     )
@@ -578,7 +603,9 @@ def _accept(state: _Run, item: _Todo, partial: Path, argv: Sequence[str], second
     state.did(Done("quantize", final.name, True, item.why, took, entry.n_bytes))
 
 
-def _fan_out(state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str) -> fanout.Figures:
+def _fan_out(
+    state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str, speeds: Mapping[str, float]
+) -> None:
     """Make all files at once; each is verified and named as soon as its bytes are whole."""
     started = time.monotonic()
     options = state.options
@@ -593,7 +620,6 @@ def _fan_out(state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs:
     _refuse_what_does_not_fit(state, outputs)
     job_dir = state.work / "fanout"
     jobs = options.jobs or os.cpu_count() or 1
-    speeds = _speeds(state, [item.plan for item in made], job_dir)
     job = fanout.build_job(
         header,
         outputs,
@@ -601,6 +627,7 @@ def _fan_out(state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs:
         bin_dir=state.build.bin_dir,
         inputs=inputs,
         phase_of=plan.phases([item.plan for item in made], speeds),
+        fsync_tasks=options.scheduler is not None,
     )
     job_path, done, skip = fanout.prepare(job, job_dir, outputs)
     if done:
@@ -609,14 +636,18 @@ def _fan_out(state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs:
 
     def accept(recipe: str) -> None:
         item, partial = by_recipe[recipe]
-        argv = _reference_argv(state, item.recipe, state.set_dir / _file_name(state, item.recipe))
+        argv = _reference_argv(state.build, state.stem, item.recipe, partial, options.threads)
         _accept(state, item, partial, argv, time.monotonic() - started)
 
     figures = fanout.run(
         job_path,
         done,
         skip,
-        executor=lambda: fanout.local_executor(jobs, job_dir),
+        executor=(
+            (lambda: fanout.local_executor(jobs, job_dir))
+            if options.scheduler is None
+            else lambda: fanout.dask_executor(str(options.scheduler))
+        ),
         jobs=jobs,
         costs=fanout.task_costs(json.loads(job_path.read_text()), speeds),
         on_output=accept,
@@ -627,15 +658,12 @@ def _fan_out(state: _Run, header: gguf_io.Header, made: Sequence[_Todo], inputs:
         f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s of which {figures.quantize_seconds:.1f} in "
         f"ggml's quantisers, {figures.read_bytes} bytes read, {figures.written_bytes} written"
     )
-    return figures
 
 
 def _refuse_what_does_not_fit(state: _Run, outputs: Sequence[fanout.Output]) -> None:
     """The whole set must fit the disk, or the budget, before any work starts."""
     sizes = {output.recipe: output.header.file_size for output in outputs}
-    held = sum(output.partial.stat().st_blocks * 512 for output in outputs if output.partial.exists())
-    free = shutil.disk_usage(state.work).free + held
-    budget = free if state.options.disk_budget is None else min(free, state.options.disk_budget)
+    budget = _budget(state, outputs)
     total = sum(sizes.values())
     if total > budget:
         fit = plan.that_fit(sizes, budget)
@@ -645,7 +673,7 @@ def _refuse_what_does_not_fit(state: _Run, outputs: Sequence[fanout.Output]) -> 
         )
 
 
-def _speeds(state: _Run, plans: Sequence[FilePlan], job_dir: Path) -> dict[str, float]:
+def _speeds(state: _Run, plans: Sequence[FilePlan]) -> dict[str, float]:
     """Elements per second and core of every type these plans need; measured once per build and machine."""
     path = llama_cpp.cache_dir() / "speeds" / f"{state.build.key}.json"
     known: dict[str, float] = {}
@@ -654,35 +682,88 @@ def _speeds(state: _Run, plans: Sequence[FilePlan], job_dir: Path) -> dict[str, 
     missing = sorted(set(plan.work_of(plans).distinct) - set(known))
     if missing:
         state.progress("measuring the quantisers' speed", 0, len(missing), "types")
-        job_dir.mkdir(parents=True, exist_ok=True)
-        with fanout.local_executor(1, job_dir) as pool:
+        with fanout.local_executor(1, state.work) as pool:
             known |= pool.submit(tasks.measure_speeds, str(state.build.bin_dir), missing).result()
+        tasks.clear_slots(state.work)
         write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
     return known
 
 
-def _prove(state: _Run, header: gguf_io.Header, made: Sequence[_Todo]) -> None:
-    """Make the cheapest of the new files once more with llama-quantize: it must be the same, byte for byte."""
+def _prove(state: _Run, made: Sequence[_Todo], speeds: Mapping[str, float]) -> None:
+    """Make the cheapest of the new files once more with llama-quantize: it must be the same, byte for byte.
+
+    Q8_0 uses no imatrix, so a file of nothing else would prove too little and is taken only when there is no other.
+    """
     started = time.monotonic()
-    item = min(made, key=lambda item: sum(t.n_bytes for t in item.plan.tensors if "IQ" not in t.target.name) or 1 << 62)
-    compare_with_reference(state, item.recipe)
+
+    def cost(item: _Todo) -> tuple[bool, float]:
+        work = plan.work_of([item.plan])
+        return set(work.distinct) <= {"Q8_0"}, work.seconds(speeds)[0]
+
+    item = min(made, key=cost)
     name = _file_name(state, item.recipe)
-    why = f"byte-identical to llama-quantize's, {time.monotonic() - started:.1f} s"
-    state.did(Done("proof", name, False, why, time.monotonic() - started))
+    _compare_with_reference(state.build, state.set_dir, name, item.recipe, log=state.log, progress=state.progress)
+    took = time.monotonic() - started
+    state.did(Done("proof", name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
 
 
-def compare_with_reference(state: _Run, recipe: Recipe) -> None:
+def _compare_with_reference(
+    build: Build, set_dir: Path, name: str, recipe: Recipe, *, log: RunLog, progress: Progress
+) -> None:
     """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file."""
-    final = state.set_dir / _file_name(state, recipe)
-    reference = state.work / f"reference-{recipe.name}.partial.gguf"
-    argv = _reference_argv(state, recipe, reference)
+    stem = name.removesuffix(f"-{recipe.name}.gguf")
+    reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
+    argv = _reference_argv(build, stem, recipe, reference, None)
     try:
-        quantize.run_llama_quantize(
-            argv, f"proving {recipe.name}", cwd=state.set_dir, log=state.log, progress=state.progress
-        )
-        verify.compare(final, reference)
+        quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
+        verify.compare(set_dir / name, reference)
     finally:
         reference.unlink(missing_ok=True)
+
+
+def prove_set(
+    set_dir: Path,
+    spec: str = llama_cpp.DEFAULT_SPEC,
+    *,
+    backend: str = "cpu",
+    sample: int | None = None,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+) -> list[str]:
+    """Make files of a finished set once more with llama-quantize and compare them byte for byte.
+
+    `spec` and `backend` name the build the set was made with; `sample` limits the comparison to that many recipes,
+    spread over the sizes. Returns the recipes compared; raises `VerificationError` for the first file that differs.
+    """
+    set_dir = set_dir.resolve()
+    facts = manifest.load(set_dir)
+    made = sorted((e for e in facts.files if e.recipe and e.engine != "convert"), key=lambda entry: entry.n_bytes)
+    work = set_dir.parent / WORK / facts.stem
+    base = work / convert.base_name(facts.stem)
+    if not base.exists() and (row := set_dir / base.name).exists():
+        link_or_copy(row, base)
+    if not made or not base.exists():
+        raise BadInputError(
+            f"{set_dir} has no {'base' if made else 'quants'} to compare with llama-quantize's",
+            next_step="Make the set with: gemma-gguf run MODEL",
+        )
+    build = llama_cpp.build(spec, backend=backend, progress=progress)
+    if (other := next((e for e in made if e.build != build.key), None)) is not None:
+        raise BadInputError(
+            f"{other.name} was not made by this build of {build.source}",
+            next_step="Name the build the set was made with: --llama-cpp, --backend.",
+        )
+    compared: list[str] = []
+    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-proof.log"
+    with locked(work, f"the set {facts.stem}"), contextlib.closing(RunLog(log_path)) as log:
+        for entry in made[:: max(1, -(-len(made) // sample)) if sample else 1]:
+            begun = time.monotonic()
+            (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(build, log))
+            _compare_with_reference(build, set_dir, entry.name, recipe, log=log, progress=progress)
+            took = time.monotonic() - begun
+            say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
+            compared.append(recipe.name)
+    return compared
 
 
 def _entry(
@@ -712,11 +793,159 @@ def _entry(
         parent=recipe.parent if recipe else None,
         differs=[],
         argv=[Path(argv[0]).name, *argv[1:]] if argv else [],
-        engine=engine or {"model": state.options.engine, "mmproj": "convert", "imatrix": "llama-imatrix"}[kind],
+        engine=engine
+        or {"model": state.options.engine, "mmproj": "convert", "imatrix": "llama-imatrix" if argv else "given"}[kind],
         seconds=round(seconds, 2),
         key=key,
         checks=checks,
+        build=state.build.key,
     )
+
+
+# --- planning ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One row of a plan. `cpu_seconds` is what llama-quantize would take for it, None while nothing is known."""
+
+    recipe: str
+    n_bytes: int
+    bpw: float
+    cpu_seconds: float | None
+    types: dict[str, int]
+    fallbacks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What making a set takes. `basis` says what sizes and times come from, `exact` whether sizes are to the byte.
+
+    Seconds are of CPU: `asked` as a loop over llama-quantize needs them, `distinct` as the fan-out does; `wall` is the
+    latter over the worker processes. `waves` are the groups in which the set fits the disk, or the budget.
+    """
+
+    set_dir: Path
+    basis: str
+    exact: bool
+    files: tuple[PlannedFile, ...]
+    jobs: int
+    asked_seconds: float | None
+    distinct_seconds: float | None
+    peak_bytes: int
+    budget_bytes: int
+    waves: tuple[tuple[str, ...], ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def wall_seconds(self) -> float | None:
+        return None if self.distinct_seconds is None else self.distinct_seconds / self.jobs
+
+    def document(self) -> dict[str, object]:
+        """The plan as JSON."""
+        return {**asdict(self), "fits": self.fits, "wall_seconds": self.wall_seconds}
+
+
+def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
+    """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
+    with _started(options, source.understand(options.model, options.name), progress, lambda _: None) as state:
+        wanted = _wanted(state)
+        jobs = options.jobs or os.cpu_count() or 1
+        bf16_row = state.set_dir / convert.base_name(state.stem)
+        base = next((path for path in (options.base, state.base, bf16_row) if path is not None and path.exists()), None)
+        if base is None:
+            rows = tuple(_nominal(recipe, state.source.facts.n_parameters) for recipe in wanted)
+            total = sum(row.n_bytes for row in rows)
+            budget = _budget(state, [])
+            return SetPlan(
+                state.set_dir, "parameters of the checkpoint", False, rows, jobs, None, None, total, budget, ()
+            )
+        if base != state.base:
+            link_or_copy(base.resolve(), state.base)
+        header = gguf_io.read_header(state.base)
+        real = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
+        with tempfile.TemporaryDirectory(dir=state.work) as scratch:
+            # Under its final bare name, in a directory from which the relative path of the base is the same.
+            given = Path(scratch, imatrix.file_name(state.stem))
+            if real.exists():
+                shutil.copyfile(real, given)
+            else:
+                name = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration").file_name
+                imatrix.write_placeholder(given, header, name)
+            return _exact_plan(state, wanted, header, given, jobs, from_placeholder=not real.exists())
+
+
+def _exact_plan(
+    state: _Run, wanted: Sequence[Recipe], header: gguf_io.Header, given: Path, jobs: int, *, from_placeholder: bool
+) -> SetPlan:
+    numbers = quantize.ftype_numbers(state.build, state.log)
+    imatrix_header = gguf_io.read_header(given)
+    plans: dict[str, FilePlan] = {}
+    outputs: list[fanout.Output] = []
+    rows: list[PlannedFile] = []
+    for done, recipe in enumerate(recipe for recipe in wanted if not recipe.is_base):
+        state.progress("planning", done, len(wanted), "recipes")
+        plans[recipe.name] = asked = quantize.plan_recipe(
+            state.build,
+            recipe,
+            f"../{state.base.name}",
+            imatrix=given.name,
+            n_tensors=len(header.tensors),
+            cwd=given.parent,
+            log=state.log,
+        )
+        keys = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
+        partial = partial_path(state.set_dir / _file_name(state, recipe), state.work)
+        outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))
+    speeds = _speeds(state, list(plans.values())) if plans else {}
+    if any(recipe.is_base for recipe in wanted):
+        rows.append(
+            PlannedFile("bf16", header.file_size, round(header.bits_per_weight, 4), 0.0, header.type_histogram(), {})
+        )
+    for output in outputs:
+        n_elements = sum(t.n_elements for t in output.plan.tensors)
+        rows.append(
+            PlannedFile(
+                recipe=output.recipe,
+                n_bytes=output.header.file_size,
+                bpw=round(8 * sum(t.n_bytes for t in output.plan.tensors) / n_elements, 4),
+                cpu_seconds=round(plan.work_of([output.plan]).seconds(speeds)[0], 1),
+                types=dict(Counter(t.target.name for t in output.plan.tensors).most_common()),
+                fallbacks=output.plan.fallbacks,
+            )
+        )
+    sizes = {output.recipe: output.header.file_size for output in outputs}
+    budget = _budget(state, outputs)
+    asked_seconds, distinct_seconds = plan.work_of(plans.values()).seconds(speeds)
+    peak = sum(sizes.values())
+    groups = [list(sizes)] if peak <= budget else plan.waves(list(plans.values()), sizes, speeds, budget)
+    return SetPlan(
+        set_dir=state.set_dir,
+        basis="base, and an imatrix to come" if from_placeholder else "base and imatrix",
+        exact=True,
+        files=tuple(rows),
+        jobs=jobs,
+        asked_seconds=round(asked_seconds, 1),
+        distinct_seconds=round(distinct_seconds, 1),
+        peak_bytes=peak,
+        budget_bytes=budget,
+        waves=tuple(map(tuple, groups)),
+    )
+
+
+def _nominal(recipe: Recipe, n_parameters: int) -> PlannedFile:
+    bits = plan.nominal_bits(recipe.ftype)
+    return PlannedFile(recipe.name, int(n_parameters * bits / 8), bits, None, {}, {})
+
+
+def _budget(state: _Run, outputs: Sequence[fanout.Output]) -> int:
+    """Bytes that new files may take: free space and what partial files hold already, or less if the user said so."""
+    held = sum(output.partial.stat().st_blocks * 512 for output in outputs if output.partial.exists())
+    free = shutil.disk_usage(state.work).free + held
+    return free if state.options.disk_budget is None else min(free, state.options.disk_budget)
 
 
 # --- card and checks of a finished set ---------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from gemma_gguf import gguf_io, tasks
-from gemma_gguf.errors import BadInputError, GemmaGGUFError, ToolFailedError
+from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError, ToolFailedError
 from gemma_gguf.files import append_line, fsync, preallocate, sha256_bytes, write_at, write_atomic
 from gemma_gguf.gguf_io import Header, NewHeader, n_bytes_of
 from gemma_gguf.plan import FilePlan
@@ -282,8 +282,16 @@ def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tu
             return job_path, done, skip
     write_atomic(job_path, json.dumps(job))
     for output in outputs:
-        preallocate(output.partial, output.header.file_size)
-        write_at(output.partial, output.header.data, 0)
+        try:
+            preallocate(output.partial, output.header.file_size)
+            write_at(output.partial, output.header.data, 0)
+        except OSError as error:
+            for made in outputs:
+                made.partial.unlink(missing_ok=True)
+            raise GemmaGGUFError(
+                f"cannot reserve {output.header.file_size:,} bytes for {output.partial}: {error.strerror}",
+                next_step="Make room there, or put the set elsewhere with --out.",
+            ) from error
     Journal(job_path).begin(fresh=True)
     return job_path, set(), set()
 
@@ -297,6 +305,23 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def dask_executor(address: str) -> Iterator[Executor]:
+    """Workers of a Dask cluster that see the same files under the same paths; Dask moves a dead one's tasks."""
+    try:
+        from distributed import Client  # noqa: PLC0415 - the `cluster` extra
+    except ImportError as error:
+        raise MissingToolError("--scheduler needs Dask", next_step="pip install 'gemma-gguf[cluster]'") from error
+    try:
+        client = Client(address, timeout="20s", set_as_default=False)
+    except OSError as error:
+        raise BadInputError(
+            f"no Dask scheduler answers at {address}: {error}", next_step="Start one with: dask scheduler"
+        ) from error
+    with client:
+        yield client.get_executor(pure=False, retries=RESTARTS)
 
 
 def run(

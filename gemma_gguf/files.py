@@ -58,7 +58,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     partial = partial_path(target)
     partial.unlink(missing_ok=True)
     try:
-        partial.hardlink_to(source)
+        partial.hardlink_to(source.resolve())  # the file, not a symbolic link to it
     except OSError:
         shutil.copyfile(source, partial)
     # POSIX rename of two links to one file does nothing and leaves both names, so the old name goes first.
@@ -142,7 +142,7 @@ class HashMemory:
         stat = path.stat()
         mark: list[object] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         known = self._known.get(str(path))
-        if isinstance(known, list) and known[:3] == mark and isinstance(known[3], str):
+        if isinstance(known, list) and len(known) == 4 and known[:3] == mark and isinstance(known[3], str):
             return known[3]
         with path.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
@@ -168,7 +168,7 @@ def locked(directory: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         who = "another process"
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads(holder.read_text())
             who = f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
         raise BusyError(

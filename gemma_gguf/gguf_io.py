@@ -264,7 +264,7 @@ def read_header(path: Path) -> Header:
         alignment = GGUF_DEFAULT_ALIGNMENT
         if (key := keys.get("general.alignment")) is not None:
             alignment = data.value(key.type, key.start)[0]
-            if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            if key.type is not GGUFValueType.UINT32 or alignment <= 0 or alignment & (alignment - 1):
                 raise data.fail(f"general.alignment is {alignment!r}, not a power of two")
         table, at = _read_tensor_table(data, n_tensors, at)
         data_start = -(-at // alignment) * alignment
@@ -281,6 +281,8 @@ def _read_keys(data: _Bytes, n_keys: int, at: int) -> tuple[dict[str, Key], int]
             kind = GGUFValueType(raw)
         except ValueError:
             raise data.fail(f"key {name!r} has the unknown type {raw}") from None
+        if not name:
+            raise data.fail("a key has no name")
         if name in keys:
             raise data.fail(f"key {name!r} stands twice")
         end = data.skip(kind, at)
@@ -331,7 +333,11 @@ def _check_layout(data: _Bytes, table: list[TensorInfo], data_start: int, alignm
         if data_start + end_of_previous > data.size:
             missing = data_start + end_of_previous - data.size
             raise data.fail(f"tensor {tensor.name} reaches {missing} bytes past the end")
+    expected = 0
     for tensor in table:
+        if tensor.offset != expected:  # llama.cpp wants the data in the table's order and without gaps
+            raise data.fail(f"tensor {tensor.name} stands at byte {tensor.offset} of the data, not at {expected}")
+        expected += -(-tensor.n_bytes // alignment) * alignment
         yield TensorInfo(tensor.name, tensor.shape, tensor.ggml_type, data_start + tensor.offset)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import BadInputError, VerificationError
@@ -21,6 +22,7 @@ from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
+FIELDS = (".in_sum2", ".counts")
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,19 @@ def read(path: Path) -> Imatrix:
     n_chunks, chunk_size = header.get("imatrix.chunk_count"), header.get("imatrix.chunk_size")
     if not isinstance(n_chunks, int) or not isinstance(chunk_size, int):
         raise BadInputError(f"{path} does not say how many chunks it was computed on")
+    if "imatrix.datasets" not in header.keys:
+        raise BadInputError(f"{path} does not say on what text it was computed")
+    datasets = header.get("imatrix.datasets")
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        datasets = []  # llama.cpp passes over them, too
+    for name, tensor in header.by_name.items():
+        if name.endswith(FIELDS) and tensor.ggml_type is not GGMLQuantizationType.F32:
+            raise BadInputError(f"{path} holds {name} as {tensor.ggml_type.name}, not F32")
     entries: dict[str, Entry] = {}
     for name, tensor in header.by_name.items():
         weight, dot, field = name.rpartition(".")
+        if dot and field == "counts" and f"{weight}.in_sum2" not in header.by_name:
+            raise BadInputError(f"{path} has {name} but not {weight}.in_sum2")
         if not dot or field != "in_sum2":
             continue
         counts = header.by_name.get(f"{weight}.counts")
@@ -110,7 +122,9 @@ def read(path: Path) -> Imatrix:
             raise BadInputError(f"{path} has {name} but not {weight}.counts")
         sums = header.read(tensor).view(np.float32)
         entries[weight] = Entry(sums, header.read(counts).view(np.float32).reshape(-1))
-    return Imatrix(path, n_chunks, chunk_size, tuple(header.get("imatrix.datasets", [])), entries)
+    if not entries:
+        raise BadInputError(f"{path} holds no data")
+    return Imatrix(path, n_chunks, chunk_size, tuple(datasets), entries)
 
 
 def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: int | None = None) -> None:
@@ -123,10 +137,11 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
         raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
     for name, entry in imatrix.entries.items():
         tensor = base.by_name.get(name)
-        if tensor is None or entry.sums.shape[1] != tensor.shape[0]:
+        experts = tensor.shape[2] if tensor is not None and len(tensor.shape) > 2 else 1
+        if tensor is None or entry.sums.shape != (experts, tensor.shape[0]):
             raise VerificationError(
                 f"{imatrix.path} is of another model: {name} "
-                + ("is not a tensor of this one" if tensor is None else f"has {entry.sums.shape[1]} columns there"),
+                + ("is not a tensor of this one" if tensor is None else _shape_there(entry, experts)),
                 next_step="Use the imatrix of this very model, or leave --imatrix out to compute one.",
             )
         if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
@@ -140,3 +155,33 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
             f"{imatrix.path} has no data for {len(missing)} tensors that need it: {shown}",
             next_step="Use more calibration text, or leave out the recipes that need an imatrix.",
         )
+
+
+def _shape_there(entry: Entry, experts: int) -> str:
+    n_experts, columns = entry.sums.shape
+    return f"has {columns} columns there" if n_experts == experts else f"has {n_experts} experts there"
+
+
+def write_placeholder(path: Path, base: Header, dataset: str) -> None:
+    """An imatrix of ones over every matrix of the blocks, for planning before the real one exists.
+
+    llama-quantize chooses some types by whether there is an imatrix, and writes its name, data set and counts into
+    keys; with the names of the real one the planned sizes come out exact.
+    """
+    from gguf import GGUFWriter  # noqa: PLC0415 - only needed here
+
+    writer = GGUFWriter(path, arch="")
+    writer.kv_data[0].clear()  # an imatrix has no architecture
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", [dataset])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
+    for tensor in base.tensors:
+        if tensor.name.startswith("blk.") and tensor.name.endswith(".weight") and len(tensor.shape) > 1:
+            experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+            writer.add_tensor(f"{tensor.name}.in_sum2", np.ones((experts, tensor.shape[0]), dtype=np.float32))
+            writer.add_tensor(f"{tensor.name}.counts", np.ones((experts, 1), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

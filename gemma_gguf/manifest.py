@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
@@ -18,13 +19,21 @@ from gemma_gguf.files import write_atomic
 SCHEMA_VERSION = 1
 FILE_NAME = "quantset.json"
 
+RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A file of the set, never a path out of it: one component, or two for a folder of shards.
 SetPath = Annotated[str, Field(pattern=r"^[\w][\w.+-]*(/[\w][\w.+-]*)?$", max_length=255)]
 
 
+def _whole_number(value: object) -> object:
+    """JSON's true and 1.0 equal 1 in Python; a schema version is neither."""
+    if type(value) is not int:
+        raise PydanticCustomError("schema_version", "Input should be 1")
+    return value
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelFacts(_Model):
@@ -94,7 +103,7 @@ class FileEntry(_Model):
 
     name: SetPath
     kind: Literal["model", "mmproj", "imatrix"]
-    recipe: str | None
+    recipe: RecipeName | None
     about: str | None  # what the recipe is
     state: Literal["local"]
     n_bytes: int
@@ -102,12 +111,13 @@ class FileEntry(_Model):
     bpw: float | None  # bits per weight, as llama.cpp counts: tensor data alone
     types: dict[str, int]  # ggml type -> number of tensors
     fallbacks: dict[str, int]  # "Q4_K -> Q5_0" -> number of tensors whose columns did not allow the wanted type
-    parent: str | None  # for `_L` rows
+    parent: RecipeName | None  # for `_L` rows
     differs: list[str]  # tensors that have another type than in the parent
     argv: list[str]
     engine: str
     seconds: float
     key: Sha256  # hash of everything this file depends on
+    build: str  # key of the llama.cpp build that made it
     checks: Checks | None
 
 
@@ -123,7 +133,7 @@ class StageRecord(_Model):
 class Manifest(_Model):
     """The whole of `quantset.json`."""
 
-    schema_version: Literal[1]
+    schema_version: Annotated[Literal[1], BeforeValidator(_whole_number)]
     tool_version: str
     stem: str
     model: ModelFacts
@@ -153,7 +163,8 @@ def load(directory: Path) -> Manifest:
         )
     repair = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate could not be saved again
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not readable JSON: {error}", next_step=repair) from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -168,6 +179,10 @@ def load(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise BadInputError(f"{path} is damaged at {where}: {first['msg']}", next_step=repair) from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def save(manifest: Manifest, directory: Path) -> None:

@@ -12,21 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemma_gguf.errors import ToolFailedError
+from gemma_gguf.errors import BadInputError, ToolFailedError
 from gemma_gguf.files import sha256_json
 from gemma_gguf.gguf_io import TensorInfo, n_bytes_of
 
 # [   2/ 236] token_embd.weight - [   640, 262144,     1,     1], type =  bf16, size = 320.00 MiB -> 170.00 MiB (q8_0)
 _TENSOR_LINE = re.compile(
     r"^\[ *(?P<index>\d+)/ *(?P<total>\d+)\] +(?P<name>\S+) +- "
-    r"\[(?P<shape>[ \d,]+)\], type = *(?P<source>\w+), size = *[\d.]+ MiB(?: -> *[\d.]+ MiB \((?P<target>\w+)\))?\s*$",
+    r"\[(?P<shape> *\d+(?:, *\d+)*)\], type = *(?P<source>\w+), "
+    r"size = *[\d.]+ MiB(?: -> *[\d.]+ MiB \((?P<target>\w+)\))?\s*$",
     re.MULTILINE,
 )
 # warning: blk.0.attn_k.weight - ncols 640 not divisible by 256 (required for type iq2_xs) -> falling back to iq4_nl
 _FALLBACK_LINE = re.compile(
-    r"^warning: (?P<name>\S+) +- .*\(required for type +(?P<wanted>\w+)\) -> falling back to +(?P<used>\w+)",
+    r"^warning: (?P<name>\S+) +- .*\(required for type +(?P<wanted>\w+)\).* -> falling back to +(?P<used>\w+)",
     re.MULTILINE,
 )
 
@@ -205,3 +206,47 @@ def phases(plans: Sequence[FilePlan], speeds: Mapping[str, float], share: float 
         if spent >= share * total:
             phase, spent = phase + 1, 0.0
     return chosen
+
+
+def waves(
+    plans: Sequence[FilePlan], sizes: Mapping[str, int], speeds: Mapping[str, float], budget: int
+) -> list[list[str]]:
+    """Recipes in groups whose files fit `budget` bytes together, such that files sharing work share a group.
+
+    Each group starts with the most expensive recipe left and takes, while there is room, the one that shares the most
+    work with what is in it. Raises `BadInputError` when a single file exceeds the budget.
+    """
+    costs = {
+        plan.recipe: {(t.name, t.target): t.n_elements / speeds[t.target.name] for t in plan.tensors if t.is_quantized}
+        for plan in plans
+    }
+    too_large = [name for name in costs if sizes[name] > budget]
+    if too_large:
+        raise BadInputError(
+            f"{too_large[0]} alone needs {sizes[too_large[0]]:,} bytes, the budget is {budget:,}",
+            next_step="Raise --disk-budget, or leave that recipe out.",
+        )
+    left = sorted(costs, key=lambda name: -sum(costs[name].values()))
+    groups: list[list[str]] = []
+    while left:
+        group = [left.pop(0)]
+        work = dict(costs[group[0]])
+        room = budget - sizes[group[0]]
+        while fitting := [name for name in left if sizes[name] <= room]:
+            best = max(fitting, key=lambda name: sum(c for pair, c in costs[name].items() if pair in work))
+            group.append(best)
+            left.remove(best)
+            work |= costs[best]
+            room -= sizes[best]
+        groups.append(group)
+    return groups
+
+
+def nominal_bits(ftype: str) -> float:
+    """Bits per weight of the type an ftype is named after (Q4_K_M: 4.5): an estimate for a set nothing is known of."""
+    stem = re.sub(r"_(XXS|XS|S|M|L)$", "", ftype)
+    for name in (ftype, stem, f"{stem}_S"):
+        if name in GGMLQuantizationType.__members__:
+            block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+            return float(8 * n_bytes / block)
+    return 16.0

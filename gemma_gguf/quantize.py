@@ -8,10 +8,15 @@ import os
 import re
 from pathlib import Path
 
+from gguf.constants import LlamaFileType
+
 from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
 from gemma_gguf.plan import FilePlan, parse_dry_run_log
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe, parse_quantize_help
+
+# What the gguf package knows; a build may know fewer or more, and is asked when it is there.
+KNOWN_FTYPES = tuple(ftype.name.removeprefix("MOSTLY_") for ftype in LlamaFileType)
 
 
 def offered_ftypes(build: Build, log: RunLog) -> dict[str, str]:

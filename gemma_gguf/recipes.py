@@ -85,7 +85,7 @@ NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
 
 def parse_quantize_help(text: str) -> dict[str, str]:
     """{ftype: description} from what `llama-quantize --help` lists as allowed quantization types."""
-    rows = re.findall(r"^ *(?:\d+ +or +)?([A-Z][A-Z0-9_]+) *: *(.+)$", text, re.MULTILINE)
+    rows = re.findall(r"^(?: *\d+ +or +| {10})([A-Z][A-Z0-9_]+) *: *(.+)$", text, re.MULTILINE)
     return {name: " ".join(about.split()) for name, about in rows}
 
 

@@ -327,8 +327,11 @@ def _front_matter(readme: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(match[1])
         # Dates and the like become text: the manifest is JSON.
-        return json.loads(json.dumps(value, default=str)) if isinstance(value, dict) else {}
-    except (yaml.YAMLError, RecursionError, TypeError):
+        if not isinstance(value, dict):
+            return {}
+        text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+        return dict(json.loads(text.encode("utf-8", errors="replace")))
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError):
         return {}
 
 

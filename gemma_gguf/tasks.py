@@ -62,9 +62,10 @@ class _Context:
 
     def weights(self, name: str) -> npt.NDArray[np.float32] | None:
         """The imatrix rows of a tensor, shape (experts, columns), as llama-quantize computes them: sum over count."""
-        if self._weights[0] != name:
-            self._weights = (name, self._read_weights(name))
-        return self._weights[1]
+        held = self._weights  # one read: a Dask worker may run tasks in several threads
+        if held[0] != name:
+            held = self._weights = (name, self._read_weights(name))
+        return held[1]
 
     def _read_weights(self, name: str) -> npt.NDArray[np.float32] | None:
         header = self.imatrix
@@ -154,7 +155,7 @@ def _quantize(
     while at < len(rows):
         expert, inside = divmod(first_row + at, per_expert)
         count = min(len(rows) - at, per_expert - inside)
-        own = None if weights is None else weights[expert if len(weights) > 1 else 0]
+        own = None if weights is None else weights[expert]
         parts.append(context.ggml.quantize(rows[at : at + count], kind, own))
         at += count
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

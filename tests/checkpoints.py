@@ -81,32 +81,34 @@ def _tower(rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
     return tensors
 
 
-def _language(rng: np.random.Generator, n_vocab: int, layers: int) -> dict[str, npt.NDArray[np.float32]]:
+def _language(
+    rng: np.random.Generator, n_vocab: int, layers: int, hidden: int = HIDDEN
+) -> dict[str, npt.NDArray[np.float32]]:
     def normal(*shape: int) -> npt.NDArray[np.float32]:
         return rng.normal(0, 0.05, shape).astype(np.float32)
 
-    tensors = {"embed_tokens.weight": normal(n_vocab, HIDDEN), "norm.weight": normal(HIDDEN)}
+    tensors = {"embed_tokens.weight": normal(n_vocab, hidden), "norm.weight": normal(hidden)}
     for layer in range(layers):
         block = f"layers.{layer}"
         for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            tensors[f"{block}.{norm}_layernorm.weight"] = normal(HIDDEN)
-        tensors[f"{block}.self_attn.q_proj.weight"] = normal(HEADS * HEAD_DIM, HIDDEN)
-        tensors[f"{block}.self_attn.k_proj.weight"] = normal(KV_HEADS * HEAD_DIM, HIDDEN)
-        tensors[f"{block}.self_attn.v_proj.weight"] = normal(KV_HEADS * HEAD_DIM, HIDDEN)
-        tensors[f"{block}.self_attn.o_proj.weight"] = normal(HIDDEN, HEADS * HEAD_DIM)
+            tensors[f"{block}.{norm}_layernorm.weight"] = normal(hidden)
+        tensors[f"{block}.self_attn.q_proj.weight"] = normal(HEADS * HEAD_DIM, hidden)
+        tensors[f"{block}.self_attn.k_proj.weight"] = normal(KV_HEADS * HEAD_DIM, hidden)
+        tensors[f"{block}.self_attn.v_proj.weight"] = normal(KV_HEADS * HEAD_DIM, hidden)
+        tensors[f"{block}.self_attn.o_proj.weight"] = normal(hidden, HEADS * HEAD_DIM)
         tensors[f"{block}.self_attn.q_norm.weight"] = normal(HEAD_DIM)
         tensors[f"{block}.self_attn.k_norm.weight"] = normal(HEAD_DIM)
-        tensors[f"{block}.mlp.gate_proj.weight"] = normal(FEED_FORWARD, HIDDEN)
-        tensors[f"{block}.mlp.up_proj.weight"] = normal(FEED_FORWARD, HIDDEN)
-        tensors[f"{block}.mlp.down_proj.weight"] = normal(HIDDEN, FEED_FORWARD)
+        tensors[f"{block}.mlp.gate_proj.weight"] = normal(FEED_FORWARD, hidden)
+        tensors[f"{block}.mlp.up_proj.weight"] = normal(FEED_FORWARD, hidden)
+        tensors[f"{block}.mlp.down_proj.weight"] = normal(hidden, FEED_FORWARD)
     return tensors
 
 
-def _text_config(n_vocab: int, layers: int) -> dict[str, Any]:
+def _text_config(n_vocab: int, layers: int, hidden: int = HIDDEN) -> dict[str, Any]:
     return {
         "model_type": "gemma3_text",
         "vocab_size": n_vocab,
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "intermediate_size": FEED_FORWARD,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
@@ -197,13 +199,20 @@ def write_gemma3_vision(directory: Path, seed: int = 1, layers: int = LAYERS) ->
     return directory
 
 
-def write_gemma3_text(directory: Path, seed: int = 1, layers: int = LAYERS) -> Path:
-    """A text-only Gemma 3 (`Gemma3ForCausalLM`) with random weights, in two shards."""
+def write_gemma3_text(directory: Path, seed: int = 1, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
+    """A text-only Gemma 3 (`Gemma3ForCausalLM`) with random weights, in two shards.
+
+    A `hidden` of 160 makes columns that 256 does not divide, as in Gemma 3 270M: then llama.cpp falls back.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     n_vocab = _write_tokenizer(directory)
-    tensors = {f"model.{k}": v for k, v in _language(np.random.default_rng(seed), n_vocab, layers).items()}
+    tensors = {f"model.{k}": v for k, v in _language(np.random.default_rng(seed), n_vocab, layers, hidden).items()}
     write_shards(directory, tensors)
-    config = {"architectures": ["Gemma3ForCausalLM"], "torch_dtype": "bfloat16", **_text_config(n_vocab, layers)}
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "torch_dtype": "bfloat16",
+        **_text_config(n_vocab, layers, hidden),
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     (directory / "README.md").write_text(CARD.replace("image-text-to-text", "text-generation"))
     return directory

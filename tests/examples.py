@@ -1,0 +1,230 @@
+"""One whole manifest with values as a real run records them, for tests that need a set but no files."""
+
+from gemma_gguf.files import sha256_bytes
+from gemma_gguf.manifest import (
+    BuildFacts,
+    CalibrationFacts,
+    Checks,
+    FileEntry,
+    ImatrixFacts,
+    Manifest,
+    ModelFacts,
+    StageRecord,
+)
+
+STEM = "google_gemma-3-4b-it"
+IMATRIX = f"{STEM}-imatrix.gguf"
+BUILD = "4dada9721042065495c5"
+COMMIT = "093f9f388b31de276ce2de164bdc2081324b9767"
+FRONT_MATTER = {
+    "license": "gemma",
+    "library_name": "transformers",
+    "pipeline_tag": "image-text-to-text",
+    "tags": ["gemma3", "conversational"],
+    "language": ["en"],
+    "extra_gated_heading": "Access Gemma on Hugging Face",
+    "extra_gated_prompt": "To access Gemma on Hugging Face, you’re required to agree to Google’s usage license.",
+    "extra_gated_button_content": "Acknowledge license",
+    "base_model": "google/gemma-3-4b-pt",
+}
+
+
+def sha(name: str) -> str:
+    """A sha256 that is always the same for one name."""
+    return sha256_bytes(name.encode())
+
+
+def model_entry(
+    recipe: str,
+    ftype: str,
+    about: str,
+    *,
+    n_bytes: int,
+    bpw: float,
+    types: dict[str, int],
+    parent: str | None = None,
+    differs: list[str] | None = None,
+    flags: tuple[str, ...] = (),
+) -> FileEntry:
+    """A model file as llama-quantize made it; the bf16 row is the converter's."""
+    name = f"{STEM}-{recipe}.gguf"
+    is_base = recipe == "bf16"
+    base, out = f"../.work/{STEM}/{STEM}-bf16.gguf", f"../.work/{STEM}/{STEM}-{recipe}.partial.gguf"
+    return FileEntry(
+        name=name,
+        kind="model",
+        recipe=recipe,
+        about=about,
+        state="local",
+        n_bytes=n_bytes,
+        sha256=sha(name),
+        bpw=bpw,
+        types=types,
+        fallbacks={},
+        parent=parent,
+        differs=differs or [],
+        argv=[] if is_base else ["llama-quantize", "--imatrix", IMATRIX, *flags, base, out, ftype, "2"],
+        engine="convert" if is_base else "llama-quantize",
+        seconds=0.0 if is_base else 141.27,
+        key=sha(f"key of {name}"),
+        build=BUILD,
+        checks=Checks(layout_sha256=sha(f"layout of {name}"), sampled_rows=887, load="bindings"),
+    )
+
+
+def example() -> Manifest:
+    """The set of google/gemma-3-4b-it with six models, one projector and the imatrix, in the order they were made."""
+    large = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+    mmproj = FileEntry(
+        name=f"mmproj-{STEM}-f16.gguf",
+        kind="mmproj",
+        recipe=None,
+        about=None,
+        state="local",
+        n_bytes=851251104,
+        sha256=sha("mmproj"),
+        bpw=None,
+        types={"F32": 276, "F16": 163},
+        fallbacks={},
+        parent=None,
+        differs=[],
+        argv=["python", "convert_hf_to_gguf.py", "--mmproj", "--outtype", "f16"],
+        engine="convert",
+        seconds=9.81,
+        key=sha("key of convert"),
+        build=BUILD,
+        checks=Checks(layout_sha256=sha("layout of mmproj"), sampled_rows=877, load=None),
+    )
+    imatrix = FileEntry(
+        name=IMATRIX,
+        kind="imatrix",
+        recipe=None,
+        about=None,
+        state="local",
+        n_bytes=3567456,
+        sha256=sha("imatrix"),
+        bpw=None,
+        types={"F32": 476},
+        fallbacks={},
+        parent=None,
+        differs=[],
+        argv=["llama-imatrix", "-m", f"{STEM}-bf16.gguf", "-f", "calibration-default.txt"],
+        engine="llama-imatrix",
+        seconds=1733.4,
+        key=sha("key of imatrix"),
+        build=BUILD,
+        checks=None,
+    )
+    models = [
+        model_entry(
+            "bf16",
+            "BF16",
+            "Full BF16 weights, as converted",
+            n_bytes=7767474144,
+            bpw=16.0067,
+            types={"BF16": 239, "F32": 205},
+        ),
+        model_entry(
+            "Q8_0",
+            "Q8_0",
+            "8 bits, one scale per 32 weights",
+            n_bytes=4130226144,
+            bpw=8.5051,
+            types={"Q8_0": 239, "F32": 205},
+        ),
+        model_entry(
+            "Q4_K_L",
+            "Q4_K_M",
+            "Q4_K_M with embedding and output at Q8_0",
+            n_bytes=2669357024,
+            bpw=5.4945,
+            types={"F32": 205, "Q4_K": 204, "Q6_K": 34, "Q8_0": 1},
+            parent="Q4_K_M",
+            differs=["token_embd.weight"],
+            flags=large,
+        ),
+        model_entry(
+            "Q4_K_M",
+            "Q4_K_M",
+            "K-quant mix, 4 bits with some tensors at 6",
+            n_bytes=2489894976,
+            bpw=5.1243,
+            types={"F32": 205, "Q4_K": 204, "Q6_K": 35},
+        ),
+        model_entry(
+            "Q4_0",
+            "Q4_0",
+            "4 bits, one scale per 32 weights; repacked online for ARM and AVX",
+            n_bytes=2363344256,
+            bpw=4.8636,
+            types={"Q4_0": 234, "F32": 205, "Q4_1": 4, "Q6_K": 1},
+        ),
+        model_entry(
+            "IQ2_XS",
+            "IQ2_XS",
+            "I-quant, 2.31 bits",
+            n_bytes=1322841984,
+            bpw=2.7185,
+            types={"F32": 205, "IQ2_XS": 200, "Q2_K": 38, "Q5_K": 1},
+        ),
+    ]
+    return Manifest(
+        schema_version=1,
+        tool_version="0.1.0",
+        stem=STEM,
+        model=ModelFacts(
+            org="google",
+            model="gemma-3-4b-it",
+            origin="hub",
+            repo="google/gemma-3-4b-it",
+            revision=COMMIT,
+            files={
+                name: sha(name)
+                for name in (
+                    "config.json",
+                    "model-00001-of-00002.safetensors",
+                    "model-00002-of-00002.safetensors",
+                    "model.safetensors.index.json",
+                    "tokenizer.model",
+                )
+            },
+            architecture="Gemma3ForConditionalGeneration",
+            family="Gemma 3",
+            gguf_arch="gemma3",
+            n_parameters=4300079472,
+            vision=True,
+            audio=False,
+            qat=False,
+            license="gemma",
+            chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            front_matter=dict(FRONT_MATTER),
+            base_is_dequantised=False,
+        ),
+        llama_cpp=BuildFacts(
+            source="pypi:0.3.36",
+            source_sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+            version="0.5.0-dev",
+            build_number=0,
+            commit="0c1e57098",
+            backend="cpu",
+            compiler="c++ (Debian 12.2.0-14+deb12u1) 12.2.0",
+            cmake_args=["-DCMAKE_BUILD_TYPE=Release", "-DGGML_METAL=OFF"],
+            key=BUILD,
+        ),
+        calibration=CalibrationFacts(
+            name="default", source="texts of this repository", n_bytes=262144, sha256=sha("calibration")
+        ),
+        imatrix=ImatrixFacts(n_chunks=146, chunk_size=512, n_entries=238, datasets=["calibration-default.txt"]),
+        stages={
+            "convert": StageRecord(
+                key=sha("key of convert"),
+                argv=[["python", "convert_hf_to_gguf.py", "--outtype", "bf16"], mmproj.argv],
+                seconds=38.2,
+                outputs={f".work/{STEM}-bf16.gguf": models[0].sha256, mmproj.name: mmproj.sha256},
+            ),
+            "imatrix": StageRecord(
+                key=imatrix.key, argv=[imatrix.argv], seconds=imatrix.seconds, outputs={IMATRIX: imatrix.sha256}
+            ),
+        },
+        files=[mmproj, imatrix, *models],
+    )

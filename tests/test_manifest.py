@@ -1,0 +1,343 @@
+"""`quantset.json` survives a round trip byte for byte, and anything that is not one is refused by the field's name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from gemma_gguf import manifest
+from gemma_gguf.errors import BadInputError
+from gemma_gguf.manifest import (
+    FILE_NAME,
+    BuildFacts,
+    CalibrationFacts,
+    Checks,
+    FileEntry,
+    ImatrixFacts,
+    Manifest,
+    ModelFacts,
+    StageRecord,
+)
+from tests.examples import example, sha
+
+REPAIR = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
+# Where each model stands in the example's JSON; fields are tried out in all of them.
+PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
+    (Manifest, ()),
+    (ModelFacts, ("model",)),
+    (BuildFacts, ("llama_cpp",)),
+    (CalibrationFacts, ("calibration",)),
+    (ImatrixFacts, ("imatrix",)),
+    (StageRecord, ("stages", "convert")),
+    (FileEntry, ("files", 3)),
+    (Checks, ("files", 3, "checks")),
+)
+
+
+def _dotted(place: tuple[str | int, ...], field: str) -> str:
+    return ".".join(map(str, (*place, field)))
+
+
+FIELDS = [
+    pytest.param(place, field, id=_dotted(place, field)) for model, place in PLACES for field in model.model_fields
+]
+
+
+def _raw() -> dict[str, Any]:
+    raw = json.loads(example().model_dump_json())
+    assert isinstance(raw, dict)
+    return raw
+
+
+def _at(raw: Any, place: tuple[str | int, ...]) -> Any:
+    for step in place:
+        raw = raw[step]
+    return raw
+
+
+def _load(directory: Path, content: Any) -> Manifest:
+    """Write bytes, text or a value as JSON, and read it as a manifest."""
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content)
+    (directory / FILE_NAME).write_bytes(content.encode() if isinstance(content, str) else content)
+    return manifest.load(directory)
+
+
+def _refused(directory: Path, content: Any) -> BadInputError:
+    with pytest.raises(BadInputError) as caught:
+        _load(directory, content)
+    assert str(directory / FILE_NAME) in caught.value.what
+    return caught.value
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    manifest.save(example(), tmp_path)
+    assert manifest.load(tmp_path) == example()
+
+
+def test_saving_what_was_loaded_changes_no_byte(tmp_path: Path) -> None:
+    manifest.save(example(), tmp_path)
+    path = tmp_path / FILE_NAME
+    first = path.read_bytes()
+    manifest.save(manifest.load(tmp_path), tmp_path)
+    assert path.read_bytes() == first
+    assert first.startswith(b'{\n "schema_version": 1,\n "tool_version": "0.1.0",\n')
+    assert first.endswith(b"\n}\n")
+    assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_front_matter_of_any_shape_survives(tmp_path: Path) -> None:
+    facts = example().model
+    front_matter = {"a": [1, 2.5, None, True, {"b": ["ü", "\u2028", "<&>", ""]}], "no": "no", "n": 10**20, "": {}}
+    made = example().model_copy(update={"model": facts.model_copy(update={"front_matter": front_matter})})
+    manifest.save(made, tmp_path)
+    assert manifest.load(tmp_path).model.front_matter == front_matter
+
+
+def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
+    """`null` says that something is known to be absent."""
+    raw = _raw()
+    raw["calibration"] = raw["imatrix"] = None
+    for field in ("repo", "revision", "license", "chat_template"):
+        raw["model"][field] = None
+    for field in ("recipe", "about", "bpw", "parent", "checks"):
+        raw["files"][3][field] = None
+    loaded = _load(tmp_path, raw)
+    assert json.loads(loaded.model_dump_json()) == raw
+
+
+@pytest.mark.parametrize(("place", "field"), FIELDS)
+def test_every_field_is_required(tmp_path: Path, place: tuple[str | int, ...], field: str) -> None:
+    raw = _raw()
+    del _at(raw, place)[field]
+    error = _refused(tmp_path, raw)
+    assert error.what == f"{tmp_path / FILE_NAME} is damaged at {_dotted(place, field)}: Field required"
+    assert error.next_step == REPAIR
+
+
+@pytest.mark.parametrize("place", [pytest.param(place, id=model.__name__) for model, place in PLACES])
+def test_unknown_fields_are_refused(tmp_path: Path, place: tuple[str | int, ...]) -> None:
+    raw = _raw()
+    _at(raw, place)["colour"] = "red"
+    error = _refused(tmp_path, raw)
+    where = _dotted(place, "colour")
+    assert error.what == f"{tmp_path / FILE_NAME} is damaged at {where}: Extra inputs are not permitted"
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value", "why"),
+    [
+        pytest.param((), "tool_version", 1, "Input should be a valid string", id="number for text"),
+        pytest.param((), "stem", None, "Input should be a valid string", id="null for text"),
+        pytest.param((), "files", {}, "Input should be a valid list", id="object for list"),
+        pytest.param((), "stages", [], "Input should be a valid dictionary", id="list for object"),
+        pytest.param(("model",), "vision", 1, "Input should be a valid boolean", id="number for truth value"),
+        pytest.param(("model",), "vision", "true", "Input should be a valid boolean", id="text for truth value"),
+        pytest.param(("model",), "n_parameters", "4300079472", "Input should be a valid integer", id="text for number"),
+        pytest.param(("model",), "n_parameters", 4e9, "Input should be a valid integer", id="float for integer"),
+        pytest.param(("model",), "n_parameters", True, "Input should be a valid integer", id="truth value for integer"),
+        pytest.param(("model",), "origin", "moon", "Input should be 'demo', 'local' or 'hub'", id="unknown origin"),
+        pytest.param(("files", 3), "bpw", "8.5", "Input should be a valid number", id="text for float"),
+        pytest.param(("files", 3), "kind", "lora", "Input should be 'model', 'mmproj' or 'imatrix'", id="unknown kind"),
+        pytest.param(("files", 3), "state", "hub", "Input should be 'local'", id="unknown state"),
+        pytest.param(("files", 3), "n_bytes", None, "Input should be a valid integer", id="null for size"),
+        pytest.param(("files", 3), "argv", "llama-quantize", "Input should be a valid list", id="text for list"),
+    ],
+)
+def test_wrong_types_are_refused(
+    tmp_path: Path, place: tuple[str | int, ...], field: str, value: object, why: str
+) -> None:
+    """Nothing is converted: a number in quotes is a damaged file."""
+    raw = _raw()
+    _at(raw, place)[field] = value
+    assert _refused(tmp_path, raw).what == f"{tmp_path / FILE_NAME} is damaged at {_dotted(place, field)}: {why}"
+
+
+BAD_SHA256 = [
+    pytest.param("", id="empty"),
+    pytest.param("0" * 63, id="63 digits"),
+    pytest.param("0" * 65, id="65 digits"),
+    pytest.param("A" * 64, id="capitals"),
+    pytest.param("g" * 64, id="not hexadecimal"),
+    pytest.param("0" * 64 + "\n", id="line end"),
+    pytest.param("sha256:" + "0" * 57, id="prefix"),
+    pytest.param("٠" * 64, id="digits of another script"),
+]
+
+
+@pytest.mark.parametrize("value", BAD_SHA256)
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        pytest.param(("files", 3), "sha256", id="file"),
+        pytest.param(("files", 3), "key", id="key"),
+        pytest.param(("files", 3, "checks"), "layout_sha256", id="layout"),
+        pytest.param(("calibration",), "sha256", id="calibration"),
+        pytest.param(("model", "files"), "config.json", id="checkpoint"),
+        pytest.param(("stages", "convert"), "key", id="stage"),
+        pytest.param(("stages", "convert", "outputs"), "mmproj.gguf", id="stage output"),
+    ],
+)
+def test_wrong_hashes_are_refused(tmp_path: Path, place: tuple[str | int, ...], field: str, value: str) -> None:
+    raw = _raw()
+    _at(raw, place)[field] = value
+    assert f" is damaged at {_dotted(place, field)}: String should match pattern" in _refused(tmp_path, raw).what
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "folder/a-00001-of-00002.gguf", "a..b+c.gguf", "é.gguf", "x" * 255])
+def test_names_of_files(tmp_path: Path, name: str) -> None:
+    raw = _raw()
+    raw["files"][3]["name"] = name
+    assert _load(tmp_path, raw).files[3].name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("..", id="parent"),
+        pytest.param(".", id="here"),
+        pytest.param("../a.gguf", id="out of the set"),
+        pytest.param("a/../b.gguf", id="out and in"),
+        pytest.param("a/..", id="the set itself"),
+        pytest.param("/etc/passwd", id="absolute"),
+        pytest.param("a/b/c.gguf", id="three components"),
+        pytest.param("a//b.gguf", id="empty component"),
+        pytest.param("a/", id="folder"),
+        pytest.param(".work/a.gguf", id="hidden folder"),
+        pytest.param("a/.hidden", id="hidden file"),
+        pytest.param("C:\\a.gguf", id="drive"),
+        pytest.param("a\\b.gguf", id="backslash"),
+        pytest.param("~/a.gguf", id="home"),
+        pytest.param("-rf", id="option"),
+        pytest.param("a b.gguf", id="space"),
+        pytest.param("a.gguf\n", id="line end"),
+        pytest.param("a\0.gguf", id="NUL"),
+        pytest.param("a](x)|<b>.gguf", id="Markdown"),
+    ],
+)
+def test_names_that_are_no_file_of_the_set(tmp_path: Path, name: str) -> None:
+    raw = _raw()
+    raw["files"][3]["name"] = name
+    assert " is damaged at files.3.name: String should match pattern" in _refused(tmp_path, raw).what
+
+
+def test_a_name_of_256_letters(tmp_path: Path) -> None:
+    raw = _raw()
+    raw["files"][3]["name"] = "x" * 256
+    assert _refused(tmp_path, raw).what.endswith(
+        " is damaged at files.3.name: String should have at most 255 characters"
+    )
+
+
+@pytest.mark.parametrize("version", [2, 3, 10**30])
+def test_a_newer_schema_is_refused_before_its_fields_are_looked_at(tmp_path: Path, version: int) -> None:
+    error = _refused(tmp_path, {"schema_version": version, "something": "new"})
+    path = tmp_path / FILE_NAME
+    assert error.what == f"{path} has schema version {version}, this gemma-gguf reads up to 1"
+    assert error.next_step == "pip install --upgrade gemma-gguf"
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", "2", None, [1], 1.0, 2.5, True], ids=repr)
+def test_a_schema_version_that_is_none(tmp_path: Path, version: object) -> None:
+    raw = _raw()
+    raw["schema_version"] = version
+    error = _refused(tmp_path, raw)
+    assert error.what == f"{tmp_path / FILE_NAME} is damaged at schema_version: Input should be 1"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("{", id="cut"),
+        pytest.param("schema_version: 1", id="YAML"),
+        pytest.param(b'{"schema_version": "\xff"}', id="not UTF-8"),
+        pytest.param("[" * 100_000, id="too deep"),
+        pytest.param('{"schema_version": ' + "1" * 5000 + "}", id="a number too long"),
+        pytest.param(b"\0" * 100, id="zeros"),
+    ],
+)
+def test_not_json(tmp_path: Path, content: str | bytes) -> None:
+    error = _refused(tmp_path, content)
+    assert error.what.startswith(f"{tmp_path / FILE_NAME} is not readable JSON: ")
+    assert error.next_step == REPAIR
+
+
+def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
+    whole = example().model_dump_json(indent=1).encode()
+    for at in range(0, len(whole), 97):
+        assert _refused(tmp_path, whole[:at]).next_step == REPAIR
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+@pytest.mark.parametrize("field", ["bpw", "seconds"])
+def test_numbers_that_json_does_not_have(tmp_path: Path, field: str, number: str) -> None:
+    """They would be saved as null: a card or a run could not read the manifest again."""
+    raw = _raw()
+    raw["files"][3][field] = 12345.678
+    text = json.dumps(raw)
+    assert text.count("12345.678") == 1
+    _refused(tmp_path, text.replace("12345.678", number))
+
+
+def test_text_that_is_not_unicode(tmp_path: Path) -> None:
+    """Half a surrogate pair can be written in JSON but not in UTF-8: it would be read and never saved again."""
+    raw = _raw()
+    raw["model"]["front_matter"] = {"license_name": "\ud800"}
+    _refused(tmp_path, raw)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '"quantset"', "null", "[{}]"])
+def test_not_an_object(tmp_path: Path, content: str) -> None:
+    error = _refused(tmp_path, content)
+    assert error.what.startswith(f"{tmp_path / FILE_NAME} is damaged at the document: Input should be ")
+    assert error.next_step == REPAIR
+
+
+@pytest.mark.parametrize("prepare", [lambda _: None, Path.mkdir], ids=["nothing", "a directory"])
+def test_missing(tmp_path: Path, prepare: Callable[[Path], None]) -> None:
+    prepare(tmp_path / FILE_NAME)
+    with pytest.raises(BadInputError) as caught:
+        manifest.load(tmp_path)
+    assert caught.value.what == f"{tmp_path} has no quantset.json: it is not a quant set"
+    assert caught.value.next_step == "Make one with: gemma-gguf run MODEL"
+
+
+def test_file_finds_by_name() -> None:
+    made = example()
+    assert made.file("google_gemma-3-4b-it-Q4_K_M.gguf") is made.files[5]
+    assert made.file("google_gemma-3-4b-it-Q4_K_M") is None
+
+
+def test_with_file_replaces_the_one_of_that_name() -> None:
+    before = example()
+    old = before.files[3]
+    new = old.model_copy(update={"n_bytes": 1, "sha256": sha("new")})
+    after = before.with_file(new)
+    assert after.file(old.name) is new
+    assert after.files == [*before.files[:3], *before.files[4:], new]
+    assert before == example()
+
+
+def test_with_file_adds_one_of_another_name() -> None:
+    before = example()
+    new = before.files[3].model_copy(update={"name": "other.gguf"})
+    assert before.with_file(new).files == [*before.files, new]
+
+
+def test_with_stage_replaces_and_adds() -> None:
+    before = example()
+    record = StageRecord(key=sha("other"), argv=[["tool"]], seconds=1.5, outputs={"a": sha("a")})
+    after = before.with_stage("convert", record)
+    assert after.stages == {"convert": record, "imatrix": before.stages["imatrix"]}
+    assert list(after.with_stage("later", record).stages) == ["convert", "imatrix", "later"]
+    assert before == example()
+
+
+def test_facts_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        example().files[0].n_bytes = 0  # type: ignore[misc]
