@@ -1,6 +1,7 @@
 # Every target is one line over the `gemma-gguf` command, run from a virtual environment that is made on first use.
 PYTHON ?= python3
 MODEL ?= demo
+SCALE ?= full
 LLAMA_CPP ?= pypi:0.3.36
 # Extra options of `gemma-gguf run`, for example: make all-quants ARGS="--recipes Q4_K_M,Q6_K"
 ARGS ?=
@@ -13,10 +14,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .DEFAULT_GOAL := help
-.PHONY: help all-quants build card test check fmt calibration-table clean
+.PHONY: help all-quants build test proof bench check fmt calibration-table clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 all-quants: $(VENV)/.run  ## the whole quant set of MODEL (default: the demo, Gemma 3 270M)
 	$(BIN)/gemma-gguf run "$(MODEL)" --llama-cpp "$(LLAMA_CPP)" $(ARGS)
@@ -26,6 +27,12 @@ build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 
 test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 	$(BIN)/python -m pytest $(ARGS)
+
+proof: $(VENV)/.dev  ## the long campaigns; PART=<name> runs those whose name holds it
+	$(BIN)/python -m pytest -m proof -s $(if $(PART),-k "$(PART)") $(ARGS)
+
+bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner
+	$(BIN)/python -m tests.bench --scale $(SCALE) $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types; changes nothing
 	$(BIN)/ruff check gemma_gguf tests

@@ -1,6 +1,6 @@
 """A worker process of one build: the only place that imports `llama_cpp`.
 
-Run as `python -m gemma_gguf.bindings check MODEL TEXT`, with the paths of a build in the environment
+Run as `python -m gemma_gguf.bindings check|tokens MODEL TEXT`, with the paths of a build in the environment
 (`llama_cpp.python_env`); prints one JSON object. It is a process of its own because an abort inside ggml must not
 take the run with it, and because two builds can serve one run.
 """
@@ -28,8 +28,16 @@ def check(model: str, text: str, n_tokens: int = 32) -> dict[str, object]:
     }
 
 
+def tokens(model: str, text: str) -> dict[str, object]:
+    """Count the tokens of a text as llama-imatrix does: with BOS where the model wants it, special tokens parsed."""
+    import llama_cpp  # noqa: PLC0415
+
+    llama = llama_cpp.Llama(model, vocab_only=True, verbose=False)
+    return {"n_tokens": len(llama.tokenize(Path(text).read_bytes(), add_bos=True, special=True))}
+
+
+COMMANDS = {"check": check, "tokens": tokens}
+
 if __name__ == "__main__":
     command, model_path, text_path = sys.argv[1:]
-    if command != "check":
-        sys.exit(f"unknown command {command!r}")
-    print(json.dumps(check(model_path, text_path)))
+    print(json.dumps(COMMANDS[command](model_path, text_path)))

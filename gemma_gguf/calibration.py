@@ -7,6 +7,7 @@ so that the first chunks of either text already hold every kind: `--chunks` cuts
 """
 
 import difflib
+import http.client
 import random
 import tomllib
 import urllib.error
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
-from gemma_gguf.files import sha256_bytes, write_atomic
+from gemma_gguf.files import is_file, sha256_bytes, write_atomic
 from gemma_gguf.resources import CALIBRATION
 
 SEPARATOR = "\n%%%%\n"  # between documents of one part
@@ -153,7 +154,7 @@ def load(name: str, download_dir: Path) -> Text:
     if name in PUBLIC_SETS:
         return _fetch(name, PUBLIC_SETS[name], download_dir)
     path = Path(name)
-    if not path.is_file():
+    if not is_file(path):
         known = ["default", *PUBLIC_SETS]
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
         meant = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -188,7 +189,9 @@ def _fetch(name: str, public: PublicSet, download_dir: Path) -> Text:
             try:
                 with urllib.request.urlopen(public.url, timeout=60) as answer:
                     write_atomic(target, answer.read())
-            except (urllib.error.URLError, OSError) as error:
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
                 raise _unreachable(name, source, error) from error
         return _checked(Text(name, source, target.read_bytes()), source)
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow to import, needed for public sets alone

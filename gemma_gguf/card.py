@@ -71,7 +71,8 @@ def _row(entry: FileEntry, manifest: Manifest) -> Row:
         n = sum(entry.fallbacks.values())
         of_256 = all("_K" in pair.partition(" ")[0] or pair.startswith("IQ") for pair in entry.fallbacks)
         why = "are not divisible by 256" if of_256 else "do not allow the usual one"
-        about += f"; {n} tensors in another type because their columns {why}"
+        tensors = "1 tensor" if n == 1 else f"{n} tensors"
+        about += f"; {tensors} in another type because {'its' if n == 1 else 'their'} columns {why}"
     return Row(
         name=entry.name,
         quant=entry.recipe or f"mmproj {outtype}",

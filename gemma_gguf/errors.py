@@ -36,5 +36,9 @@ class VerificationError(GemmaGGUFError):
     """A file is not what was planned; it never gets its final name."""
 
 
+class DiskError(GemmaGGUFError):
+    """The disk is full or does not do what it is asked."""
+
+
 class BusyError(GemmaGGUFError):
     """Another run holds the lock on a directory."""

@@ -8,7 +8,6 @@ here and return values to here.
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -38,6 +37,7 @@ from gemma_gguf import (
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import (
     HashMemory,
+    copy,
     link_or_copy,
     locked,
     partial_path,
@@ -75,6 +75,7 @@ class Options:
     engine: str = "fanout"
     jobs: int | None = None
     scheduler: str | None = None  # address of a Dask scheduler
+    max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
     disk_budget: int | None = None  # bytes
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
     until: str = "card"
@@ -179,6 +180,7 @@ def _started(
     set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
     log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
     with locked(work, f"the set {name.stem}", wait=options.wait), contextlib.closing(RunLog(log_path)) as log:
+        llama_cpp.end_leftovers(log)
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
         state = _Run(
@@ -297,6 +299,7 @@ def _convert(state: _Run) -> None:
     new = state.manifest
     for output in made:
         with _partial_cleanup(output.partial):
+            verify.check_finite(output.header)
             text = _probe_text(state) if output is made[0] else None
             checks = verify.check_file(output.partial, None, build=state.build, text=text, log=state.log)
         is_base = output is made[0]
@@ -338,6 +341,7 @@ def _given_base(state: _Run, base: Path) -> None:
             f"{base} is quantised already ({', '.join(sorted(quantized))}); quants of quants are not made here",
             next_step="Give a BF16, F16 or F32 file.",
         )
+    verify.check_finite(header)
     verify.check_file(base, None, build=state.build, text=_probe_text(state), log=state.log)
     key = sha256_json(["base", state.memory.sha256(base)])
     if _stage_is_done(state, "convert", key) is None:
@@ -368,15 +372,6 @@ def _imatrix(state: _Run) -> None:
         _given_imatrix(state, options.imatrix, final, header=header, needed=needed, base_sha=base_sha)
         return
     text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
-    argv = imatrix.imatrix_argv(
-        state.build,
-        state.base.name,
-        text.file_name,
-        partial_path(final).name,
-        chunks=options.chunks,
-        threads=options.threads,
-        gpu_layers=options.gpu_layers,
-    )
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
     key = sha256_json(
         ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
@@ -385,17 +380,44 @@ def _imatrix(state: _Run) -> None:
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
     why = _why_again(state, "imatrix", key)
-    write_atomic(state.work / text.file_name, text.data)
-    partial = partial_path(final, state.work)
-    partial.unlink(missing_ok=True)
-    done, planned = imatrix.compute(argv, cwd=state.work, log=state.log, progress=state.progress)
-    with _partial_cleanup(partial):
-        made = imatrix.read(partial)
-        imatrix.check(made, header, needed, n_chunks=planned)
-    replace_durably(partial, final)
+    text_path = state.work / text.file_name
+    write_atomic(text_path, text.data)
+    n_chunks: int | None = None
+    if state.build.bindings is not None:
+        answer = llama_cpp.ask_bindings(state.build, "tokens", state.base, text_path, state.log)
+        n_chunks = int(answer["n_tokens"]) // imatrix.CHUNK_TOKENS
+        if n_chunks < 2:
+            raise BadInputError(
+                f"the calibration text {text.name} has only {answer['n_tokens']} tokens",
+                next_step=f"Give at least {2 * imatrix.CHUNK_TOKENS} tokens; some 100 kB of text are usual.",
+            )
+        n_chunks = min(n_chunks, options.chunks or n_chunks)
+
+    def argv_of(first: int, count: int | None, continue_from: str | None, out: str) -> list[str]:
+        return imatrix.imatrix_argv(
+            state.build,
+            state.base.name,
+            text.file_name,
+            out,
+            first_chunk=first,
+            chunks=options.chunks if count is None else count,
+            continue_from=continue_from,
+            threads=options.threads,
+            gpu_layers=options.gpu_layers,
+        )
+
+    parts = state.work / f"imatrix-{key[:16]}"
+    computed, seen, seconds = imatrix.compute(
+        argv_of, n_chunks=n_chunks, directory=parts, cwd=state.work, log=state.log, progress=state.progress
+    )
+    made = imatrix.read(computed)
+    imatrix.check(made, header, needed, n_chunks=n_chunks or seen)
+    replace_durably(computed, final)
+    shutil.rmtree(parts)
     facts = CalibrationFacts(name=text.name, source=text.source, n_bytes=len(text.data), sha256=text.sha256)
-    _record_imatrix(state, final, made, key=key, argv=argv, seconds=done.seconds, text=facts)
-    state.did(Done("imatrix", final.name, True, why, done.seconds, final.stat().st_size))
+    argv = argv_of(0, options.chunks, None, final.name)
+    _record_imatrix(state, final, made, key=key, argv=argv, seconds=seconds, text=facts)
+    state.did(Done("imatrix", final.name, True, why, seconds, final.stat().st_size))
 
 
 def _given_imatrix(
@@ -408,7 +430,7 @@ def _given_imatrix(
     imatrix.check(made, header, needed)
     key = sha256_json(["imatrix", base_sha, state.memory.sha256(given)])
     if _stage_is_done(state, "imatrix", key) is None:
-        shutil.copyfile(given, partial := partial_path(final, state.work))
+        copy(given, partial := partial_path(final, state.work))
         replace_durably(partial, final)
         _record_imatrix(state, final, made, key=key, argv=[], seconds=0.0, text=None)
     state.did(Done("imatrix", final.name, False, "given with --imatrix", 0.0, final.stat().st_size))
@@ -619,7 +641,7 @@ def _fan_out(
         outputs.append(fanout.Output(item.recipe.name, partial, fanout.new_header(header, item.plan, keys), item.plan))
     _refuse_what_does_not_fit(state, outputs)
     job_dir = state.work / "fanout"
-    jobs = options.jobs or os.cpu_count() or 1
+    jobs = fanout.workers_for(options.jobs, options.max_memory)
     job = fanout.build_job(
         header,
         outputs,
@@ -726,6 +748,8 @@ def prove_set(
     spec: str = llama_cpp.DEFAULT_SPEC,
     *,
     backend: str = "cpu",
+    cmake_args: Sequence[str] = (),
+    wait: bool = False,
     sample: int | None = None,
     progress: Progress = silent,
     say: Callable[[Done], None] = lambda _: None,
@@ -747,7 +771,7 @@ def prove_set(
             f"{set_dir} has no {'base' if made else 'quants'} to compare with llama-quantize's",
             next_step="Make the set with: gemma-gguf run MODEL",
         )
-    build = llama_cpp.build(spec, backend=backend, progress=progress)
+    build = llama_cpp.build(spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=progress)
     if (other := next((e for e in made if e.build != build.key), None)) is not None:
         raise BadInputError(
             f"{other.name} was not made by this build of {build.source}",
@@ -755,7 +779,7 @@ def prove_set(
         )
     compared: list[str] = []
     log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-proof.log"
-    with locked(work, f"the set {facts.stem}"), contextlib.closing(RunLog(log_path)) as log:
+    with locked(work, f"the set {facts.stem}", wait=wait), contextlib.closing(RunLog(log_path)) as log:
         for entry in made[:: max(1, -(-len(made) // sample)) if sample else 1]:
             begun = time.monotonic()
             (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(build, log))
@@ -853,7 +877,7 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
     with _started(options, source.understand(options.model, options.name), progress, lambda _: None) as state:
         wanted = _wanted(state)
-        jobs = options.jobs or os.cpu_count() or 1
+        jobs = fanout.workers_for(options.jobs, options.max_memory)
         bf16_row = state.set_dir / convert.base_name(state.stem)
         base = next((path for path in (options.base, state.base, bf16_row) if path is not None and path.exists()), None)
         if base is None:
@@ -871,7 +895,7 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
             # Under its final bare name, in a directory from which the relative path of the base is the same.
             given = Path(scratch, imatrix.file_name(state.stem))
             if real.exists():
-                shutil.copyfile(real, given)
+                copy(real, given)
             else:
                 name = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration").file_name
                 imatrix.write_placeholder(given, header, name)

@@ -9,15 +9,15 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import filelock
 
-from gemma_gguf.errors import BusyError
+from gemma_gguf.errors import BusyError, DiskError, GemmaGGUFError
 
 PARTIAL = ".partial"
 
@@ -27,28 +27,113 @@ def partial_path(final: Path, directory: Path | None = None) -> Path:
     return (directory or final.parent) / f"{final.stem}{PARTIAL}{final.suffix}"
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def is_file(path: Path) -> bool:
+    """`Path.is_file`, also for names that no file system takes."""
     try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_dir(path: Path) -> bool:
+    """`Path.is_dir`, also for names that no file system takes."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def make_directory(path: Path) -> None:
+    """Have a directory, or one clear error."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GemmaGGUFError(
+            f"cannot make the directory {path}: {error.strerror}", next_step="Choose another place with --out."
+        ) from error
+
+
+class System:
+    """The calls to the operating system behind every write of this package.
+
+    One object, `system`, so that tests can put a faulty one in its place: short writes, a full disk, a failing flush,
+    a crash before or after a rename.
+    """
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags, 0o644)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        return os.write(descriptor, data)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+    def allocate(self, descriptor: int, n_bytes: int) -> None:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, n_bytes)
+        else:
+            os.truncate(descriptor, n_bytes)
+
+    def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
+
+    def replace(self, partial: Path, final: Path) -> None:
+        partial.replace(final)
+
+
+system = System()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A failing disk is one clear error; nothing has got its final name."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"cannot write {path}: {error.strerror or error}",
+            next_step="Make room, or mend the disk, then run the same command again: finished files are kept.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = system.open(path, flags)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    with _disk_errors(path), _opened(path, os.O_RDONLY) as descriptor:
+        system.fsync(descriptor)
 
 
 def replace_durably(partial: Path, final: Path) -> None:
     """Give a finished partial file its final name: flush it, rename it, flush the directory."""
     fsync(partial)
-    partial.replace(final)
+    with _disk_errors(final):
+        system.replace(partial, final)
     fsync(final.parent)
+
+
+def write_stream(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file piece by piece, under whatever name it has; the caller renames it when it is whole."""
+    with _disk_errors(path), _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+        for piece in pieces:
+            data = memoryview(piece)
+            while data:
+                data = data[system.write(descriptor, data) :]
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole small file so that a reader sees the old bytes or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
-    with partial.open("wb") as out:
-        out.write(data.encode() if isinstance(data, str) else data)
+    write_stream(partial, [data.encode() if isinstance(data, str) else data])
     replace_durably(partial, path)
 
 
@@ -60,7 +145,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         partial.hardlink_to(source.resolve())  # the file, not a symbolic link to it
     except OSError:
-        shutil.copyfile(source, partial)
+        copy(source, partial)
     # POSIX rename of two links to one file does nothing and leaves both names, so the old name goes first.
     if target.exists() and target.samefile(partial):
         partial.unlink()
@@ -68,36 +153,45 @@ def link_or_copy(source: Path, target: Path) -> None:
     replace_durably(partial, target)
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copy the bytes of a file, in pieces."""
+    with source.open("rb") as file:
+        write_stream(target, iter(lambda: file.read(1 << 24), b""))
+
+
 def preallocate(path: Path, n_bytes: int) -> None:
     """Make `path` a file of `n_bytes` whose blocks are reserved: a full disk shows now, not hours later."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as out:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(out.fileno(), 0, n_bytes)
-        else:
-            out.truncate(n_bytes)
+    with _disk_errors(path), _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+        system.allocate(descriptor, n_bytes)
 
 
-def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, however little each call takes."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def pwrite_all(descriptor: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write all of `data` at `offset` of an open file, however little each call takes; `path` names it in errors."""
+    with _disk_errors(path):
+        while data:
+            written = system.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
 
 
 def write_at(path: Path, data: bytes, offset: int) -> None:
     """Overwrite bytes of an existing (partial) file."""
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        pwrite_all(descriptor, memoryview(data), offset)
-    finally:
-        os.close(descriptor)
+    with _disk_errors(path), _opened(path, os.O_WRONLY) as descriptor:
+        pwrite_all(descriptor, memoryview(data), offset, path)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a journal, in one write: after a crash it is there whole or its newline is missing."""
-    with path.open("ab", buffering=0) as out:
-        out.write(f"{line}\n".encode())
+    """Add one line to a journal: after a crash it is there whole, or its newline is missing."""
+    data = memoryview(f"{line}\n".encode())
+    with _disk_errors(path), _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as descriptor:
+        while data:
+            data = data[system.write(descriptor, data) :]
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A file to append what happened to; logs are the one thing that may be cut by a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -161,7 +255,7 @@ def locked(directory: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
     Raises `BusyError` naming the holder unless `wait`, which blocks until the lock is free.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     holder = directory / ".lock.json"
     lock = filelock.FileLock(directory / ".lock")
     try:

@@ -7,11 +7,12 @@ so a cut or hostile file ends in one clear error. `gguf.GGUFReader` is not used 
 block sizes are the `gguf` package's. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import itertools
 import math
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from gemma_gguf.errors import BadInputError
+from gemma_gguf.files import write_stream
 
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less its terminator
@@ -385,6 +387,30 @@ def derived_header(
         place += -(-n_bytes_of(ggml_type, math.prod(shape)) // align) * align
     out += bytes(-len(out) % align)
     return NewHeader(bytes(out), tuple(len(out) + place for place in places), len(out) + place)
+
+
+def strings_value(texts: Sequence[str]) -> bytes:
+    """An array of strings as the raw value of a key."""
+    return struct.pack("<IQ", GGUFValueType.STRING, len(texts)) + b"".join(map(_packed, texts))
+
+
+def write_with_values(header: Header, target: Path, replaced: Mapping[str, bytes]) -> None:
+    """Write the file of `header` anew with the raw values of some keys replaced; tensor data is copied as it is."""
+    keys = header.keys.values()
+    out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(header.tensors), len(keys)))
+    with _Bytes(header.path) as data:
+        for key in keys:
+            raw = replaced.get(key.name, data.data[key.start : key.end])
+            out += _packed(key.name) + struct.pack("<I", key.type) + raw
+        for tensor in header.tensors:
+            shape = tensor.shape
+            place = tensor.offset - header.data_start
+            out += _packed(tensor.name)
+            out += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.ggml_type, place)
+        out += bytes(-len(out) % header.alignment)
+        step = 1 << 24
+        starts = range(header.data_start, data.size, step)
+        write_stream(target, itertools.chain([bytes(out)], (data.data[at : at + step] for at in starts)))
 
 
 def _packed(text: str) -> bytes:

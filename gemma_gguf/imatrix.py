@@ -7,7 +7,7 @@ ten chunks, so completeness is read from the content.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.files import partial_path, replace_durably
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
+SEGMENT_CHUNKS = 32  # of one run: what a kill can cost
 FIELDS = (".in_sum2", ".counts")
 
 
@@ -54,7 +56,9 @@ def imatrix_argv(
     text: str,
     out: str,
     *,
+    first_chunk: int = 0,
     chunks: int | None = None,
+    continue_from: str | None = None,
     threads: int | None = None,
     gpu_layers: int = 0,
 ) -> list[str]:
@@ -65,14 +69,71 @@ def imatrix_argv(
     size = str(CHUNK_TOKENS)
     argv = [str(build.tool("llama-imatrix")), "-m", base, "-f", text, "-o", out, "--parse-special"]
     argv += ["-c", size, "-b", size, "-ub", size]
+    argv += ["--chunk", str(first_chunk)] if first_chunk else []
     argv += ["--chunks", str(chunks)] if chunks is not None else []
+    argv += ["--in-file", continue_from] if continue_from is not None else []
     argv += ["-t", str(threads)] if threads is not None else []
     argv += ["-ngl", str(gpu_layers)] if gpu_layers else []
     return argv
 
 
-def compute(argv: list[str], *, cwd: Path, log: RunLog, progress: Progress = silent) -> tuple[ToolRun, int]:
-    """Run llama-imatrix in `cwd`; (the run, chunks it said it would compute). Progress comes per chunk."""
+def segments(n_chunks: int, size: int) -> list[tuple[int, int]]:
+    """(first chunk, chunks) of the runs that compute `n_chunks` together, each of about `size`.
+
+    llama-imatrix refuses to start with two or fewer chunks left, so such a rest belongs to the run before it.
+    """
+    starts = [start for start in range(0, n_chunks, size) if start == 0 or n_chunks - start > 2]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], n_chunks], strict=True)]
+
+
+def compute(
+    argv_of: Callable[[int, int | None, str | None, str], list[str]],
+    *,
+    n_chunks: int | None,
+    directory: Path,
+    cwd: Path,
+    log: RunLog,
+    progress: Progress = silent,
+    segment_chunks: int = SEGMENT_CHUNKS,
+) -> tuple[Path, int, float]:
+    """Compute an imatrix in runs of `segment_chunks`, each going on from the file of the one before.
+
+    What llama-imatrix saves while it runs cannot be continued exactly: it saves when the first tensor has seen a chunk
+    and the others have not. So runs are short, and a killed one is done again; sums are 32-bit floats in memory and in
+    the file, so the result has the bytes of one long run (a test compares them). `argv_of(first, chunks, from, out)`
+    gives a run's command line with names relative to `cwd`; `directory`, below it, keeps the parts. With `n_chunks`
+    None (nobody could count the tokens) it is one run. Returns (file, chunks computed, seconds).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    seconds, computed = 0.0, 0
+    previous: Path | None = None
+    for first, count in segments(n_chunks, segment_chunks) if n_chunks else [(0, None)]:
+        part = directory / f"part-{first}.gguf"
+        if not part.exists():
+            partial = partial_path(part)
+            names = [None if path is None else path.relative_to(cwd).as_posix() for path in (previous, partial)]
+            argv = argv_of(first, count, names[0], str(names[1]))
+            done, said = run_segment(argv, first, n_chunks, cwd=cwd, log=log, progress=progress)
+            seconds += done.seconds
+            header = gguf_io.read_header(partial)
+            if header.get("imatrix.chunk_count") != first + said or (count or said) != said:
+                made, due = header.get("imatrix.chunk_count"), first + (count or said)
+                raise VerificationError(f"llama-imatrix computed {made} chunks, {due} were due", log=log.path)
+            datasets = header.get("imatrix.datasets", [])[-1:]  # every run adds the text's name once more
+            fixed = partial_path(directory / f"fixed-{first}.gguf")
+            gguf_io.write_with_values(header, fixed, {"imatrix.datasets": gguf_io.strings_value(datasets)})
+            partial.unlink()
+            replace_durably(fixed, part)
+        computed = int(gguf_io.read_header(part).get("imatrix.chunk_count"))
+        previous = part
+    assert previous is not None
+    return previous, computed, seconds
+
+
+def run_segment(
+    argv: list[str], first: int, n_chunks: int | None, *, cwd: Path, log: RunLog, progress: Progress = silent
+) -> tuple[ToolRun, int]:
+    """One run of llama-imatrix; (the run, chunks it said it would compute). Progress comes per chunk."""
     planned = 0
 
     def show(piece: str) -> None:
@@ -80,7 +141,7 @@ def compute(argv: list[str], *, cwd: Path, log: RunLog, progress: Progress = sil
         if match := re.search(r"computing over (\d+) chunks", piece):
             planned = int(match[1])
         elif (match := re.match(r"\s*\[(\d+)\](\S+)$", piece)) and planned:
-            progress("computing the imatrix", int(match[1]), planned, "chunks")
+            progress("computing the imatrix", first + int(match[1]), n_chunks or planned, "chunks")
 
     done = run_tool(argv, log=log, cwd=cwd, on_piece=show, separators=r"[\r\n,]")
     if planned == 0:

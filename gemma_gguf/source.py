@@ -6,7 +6,10 @@ of a model repository is ever executed: Python files are neither downloaded nor 
 weights are refused with the reason.
 """
 
+import fnmatch
+import glob
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ import yaml
 
 from gemma_gguf import demo, gemma
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
-from gemma_gguf.files import HashMemory
+from gemma_gguf.files import HashMemory, is_dir
 from gemma_gguf.manifest import ModelFacts
 from gemma_gguf.progress import Progress, silent
 
@@ -45,6 +48,7 @@ NEEDED = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_FRONT_MATTER = 1_000_000  # characters
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -87,7 +91,7 @@ def understand(model: str, name: str | None = None) -> ModelName:
     if model == "demo":
         return ModelName("demo", demo.ORG, demo.MODEL)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and is_dir(path):
         path = path.resolve()
         org, _, short = (name or f"local/{path.name}").partition("/")
         if not NAME.fullmatch(short):
@@ -96,13 +100,25 @@ def understand(model: str, name: str | None = None) -> ModelName:
             )
         return ModelName("local", org, short, path)
     repo, _, revision = model.partition("@")
-    if not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", repo):
+    if not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", repo) or not is_hub_id(repo):
         raise BadInputError(
             f"there is no model {model!r}: no such directory, and not a hub id",
             next_step="Give demo, a checkpoint's directory, or a hub id such as google/gemma-3-4b-it.",
         )
     org, _, short = repo.partition("/")
     return ModelName("hub", org, short, revision=revision or None)
+
+
+def is_hub_id(repo: str) -> bool:
+    """Whether the Hub allows this id: no `--` or `..`, no `.git`, nothing but letters and digits at the ends."""
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 - slow to import
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return True
 
 
 def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = silent) -> Source:
@@ -164,16 +180,20 @@ def _demo(directory: Path, progress: Progress) -> Path:
 
 def _download(name: ModelName) -> tuple[Path, str]:
     """(snapshot directory, commit) of a hub model; only what conversion needs is downloaded."""
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415 - slow to import
+    import httpx2  # noqa: PLC0415 - these two are slow to import, and only the hub needs them
+    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
 
     repo = f"{name.org}/{name.model}"
     try:
         info = HfApi().model_info(repo, revision=name.revision)
         commit = str(info.sha)
         names = [sibling.rfilename for sibling in info.siblings or []]
+        if "adapter_config.json" in names:
+            raise _adapter(repo)
         if not any(file.endswith(".safetensors") for file in names) and any(_is_pickle(file) for file in names):
             raise _pickled(repo)
-        path = snapshot_download(repo, revision=commit, allow_patterns=list(NEEDED))
+        wanted = [glob.escape(file) for file in names if _is_needed(file)]
+        path = snapshot_download(repo, revision=commit, allow_patterns=wanted)
     except errors.GatedRepoError as error:
         raise GemmaGGUFError(
             f"{repo} is gated and this account has no access to it",
@@ -186,13 +206,25 @@ def _download(name: ModelName) -> tuple[Path, str]:
             f"there is no model {repo} on the hub, or it is private",
             next_step="Check the name; for a private model run: hf auth login",
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except (httpx2.HTTPError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GemmaGGUFError(
             f"cannot reach the hub for {repo}: {reason}",
             next_step="Check the network (HF_ENDPOINT names another server), or give a local directory.",
         ) from error
     return Path(path), commit
+
+
+def _is_needed(file: str) -> bool:
+    """Whether conversion can need a file of a repository; a pattern's `*` does not reach into directories."""
+    return any(fnmatch.fnmatch(file, p) and file.count("/") == p.count("/") for p in NEEDED)
+
+
+def _adapter(where: object) -> BadInputError:
+    return BadInputError(
+        f"{where} is a LoRA adapter, not a model",
+        next_step="Merge it into its base model first (peft: merge_and_unload).",
+    )
 
 
 def _is_pickle(name: str) -> bool:
@@ -208,10 +240,7 @@ def _pickled(where: object) -> BadInputError:
 
 def _refuse_unusable(path: Path) -> None:
     if (path / "adapter_config.json").is_file():
-        raise BadInputError(
-            f"{path} is a LoRA adapter, not a model",
-            next_step="Merge it into its base model first (peft: merge_and_unload).",
-        )
+        raise _adapter(path)
     if not (path / "config.json").is_file():
         raise BadInputError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
     weights = [file.name for file in path.iterdir() if file.is_file()]
@@ -304,9 +333,7 @@ def read_safetensors_header(path: Path) -> dict[str, int]:
             continue
         try:
             shape, (start, end) = tensor["shape"], tensor["data_offsets"]
-            elements = 1
-            for dim in shape:
-                elements *= dim
+            elements = math.prod(shape) if all(type(dim) is int and dim >= 0 for dim in shape) else None
         except (KeyError, TypeError, ValueError) as error:
             raise broken(f"tensor {name!r} has no shape and offsets") from error
         if not (isinstance(elements, int) and isinstance(start, int) and isinstance(end, int) and 0 <= start <= end):
@@ -321,11 +348,12 @@ def _front_matter(readme: Path) -> dict[str, Any]:
     """The YAML block at the top of a model card; an unreadable one counts as none."""
     if not readme.is_file():
         return {}
-    match = re.match(r"---\r?\n(.*?)\r?\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        match = re.match(r"---\r?\n(.*?)\r?\n---", file.read(MAX_FRONT_MATTER), re.DOTALL)
     if match is None:
         return {}
     try:
-        value = yaml.safe_load(match[1])
+        value = yaml.load(match[1], Loader=_LoaderWithoutAliases)
         # Dates and the like become text: the manifest is JSON.
         if not isinstance(value, dict):
             return {}
@@ -333,6 +361,15 @@ def _front_matter(readme: Path) -> dict[str, Any]:
         return dict(json.loads(text.encode("utf-8", errors="replace")))
     except (yaml.YAMLError, RecursionError, TypeError, ValueError):
         return {}
+
+
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """YAML whose aliases are an error: a few nested ones make gigabytes of a few hundred bytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
 
 
 def _is_qat(name: ModelName, card: Mapping[str, Any]) -> bool:

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import gguf_io
-from gemma_gguf.files import pwrite_all
+from gemma_gguf import files, gguf_io
+from gemma_gguf.files import open_log, pwrite_all
 from gemma_gguf.libggml import Ggml
 
 
@@ -85,7 +85,7 @@ def _context(job_path: str, _identity: str) -> _Context:
 
 def start_worker(crash_dir: str) -> None:
     """Initialise a local worker process: leave a trace of a crash, and end when the driver does, however it ends."""
-    crash = Path(crash_dir, f"crash-{os.getpid()}").open("w")  # noqa: SIM115 - open as long as the process lives
+    crash = open_log(Path(crash_dir, f"crash-{os.getpid()}"))  # open as long as the process lives
     faulthandler.enable(crash)
     _keep_open.append(crash)
     parent = multiprocessing.parent_process()
@@ -93,7 +93,7 @@ def start_worker(crash_dir: str) -> None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
-_keep_open: list[IO[str]] = []
+_keep_open: list[IO[bytes]] = []
 
 
 def _end_with(sentinel: int) -> None:
@@ -134,12 +134,13 @@ def run_task(job_path: str, identity: str, index: int, skip: frozenset[int]) -> 
                 made = _quantize(context, tensor, widened, kind, first_row)
                 in_quantize += time.thread_time() - begun
             for output, place in places:
-                pwrite_all(context.output(output), made.data, place + first_row * target["row_bytes"])
+                offset = place + first_row * target["row_bytes"]
+                pwrite_all(context.output(output), made.data, offset, Path(context.job["outputs"][output]))
                 n_written += made.size
                 touched.add(output)
     if context.job["fsync"]:
         for output in touched:
-            os.fsync(context.output(output))
+            files.system.fsync(context.output(output))
     context.busy_with("")
     return TaskDone(index, time.thread_time() - started, in_quantize, n_read, n_written)
 

@@ -5,21 +5,22 @@ names the first thing that is wrong. Nothing that fails here is ever given a fin
 """
 
 import hashlib
-import json
 import math
-import os
 import re
-import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import ToolFailedError, VerificationError
 from gemma_gguf.gguf_io import Header
-from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
+from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, run_tool
 from gemma_gguf.manifest import Checks
 from gemma_gguf.plan import FilePlan, layout_of
+
+CHECKED_ELEMENTS = 1 << 24  # looked at together
 
 
 def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | None, log: RunLog) -> Checks:
@@ -87,6 +88,30 @@ def check_rows(header: Header) -> int:
     return sampled
 
 
+def check_finite(header: Header) -> None:
+    """Every value of every F32, F16 and BF16 tensor is finite: a checkpoint with NaN or Inf is found before its base
+    has a name. An exponent of all ones is NaN or Inf in each of the three formats.
+    """
+    exponents: dict[GGMLQuantizationType, tuple[type[np.unsignedinteger[Any]], int]] = {
+        GGMLQuantizationType.F32: (np.uint32, 0x7F800000),
+        GGMLQuantizationType.F16: (np.uint16, 0x7C00),
+        GGMLQuantizationType.BF16: (np.uint16, 0x7F80),
+    }
+    for tensor in header.tensors:
+        if tensor.ggml_type not in exponents:
+            continue
+        word, mask = exponents[tensor.ggml_type]
+        columns = tensor.shape[0]
+        step = max(1, CHECKED_ELEMENTS // columns)
+        for row in range(0, tensor.n_elements // columns, step):
+            bits = header.read(tensor, row, step).view(word) & word(mask)
+            if (bits == mask).any():
+                raise VerificationError(
+                    f"the weights hold NaN or Inf, first in {tensor.name}",
+                    next_step="Download the checkpoint again, or ask its author: no quant of it can work.",
+                )
+
+
 def check_load(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
     """Load the file in llama.cpp and compute logits on a text; returns how: `bindings` or `llama-perplexity`.
 
@@ -94,26 +119,23 @@ def check_load(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
     """
     try:
         if build.bindings is not None:
-            # Not beside the package's own modules: Python would put that directory first on its path.
-            argv: list[str | Path] = [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "gemma_gguf.bindings",
-                "check",
-                path.resolve(),
-                text.resolve(),
-            ]
-            package_parent = str(Path(__file__).parents[1])
-            env = python_env(build)
-            env["PYTHONPATH"] = os.pathsep.join((env["PYTHONPATH"], package_parent))
-            output = run_tool(argv, log=log, env=env).output
-            answer = json.loads(output[output.index("{") :].splitlines()[0])
+            answer = ask_bindings(build, "check", path, text, log)
             if not (answer["all_finite"] and answer["varied"]):
                 raise VerificationError(f"{path} loads in llama.cpp, but its logits are not finite", log=log.path)
             return "bindings"
-        argv = [build.tool("llama-perplexity"), "-m", path, "-f", text, "-c", "64", "-b", "64", "--chunks", "1"]
+        argv: list[str | Path] = [
+            build.tool("llama-perplexity"),
+            "-m",
+            path,
+            "-f",
+            text,
+            "-c",
+            "64",
+            "-b",
+            "64",
+            "--chunks",
+            "1",
+        ]
         output = run_tool(argv, log=log).output
     except ToolFailedError as error:
         raise VerificationError(f"{path} does not load in llama.cpp: {error.what}", log=log.path) from error

@@ -25,8 +25,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def sentencepiece_model() -> tuple[bytes, list[str]]:
-    """(tokenizer.model, pieces): specials, all bytes, the printable ASCII characters and some merges of them."""
+def sentencepiece_model(n_vocab: int = 0) -> tuple[bytes, list[str]]:
+    """(tokenizer.model, pieces): specials, all bytes, the printable ASCII characters and some merges of them.
+
+    Unused pieces fill it up to `n_vocab`.
+    """
     model = sp.ModelProto()
     model.trainer_spec.model_type = sp.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
@@ -44,6 +47,7 @@ def sentencepiece_model() -> tuple[bytes, list[str]]:
     pieces += [(text, -float(rank), kinds.NORMAL) for rank, text in enumerate(merges)]
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     pieces += [(text, -float(len(merges) + rank), kinds.NORMAL) for rank, text in enumerate(characters)]
+    pieces += [(f"<unused{i}>", -2000.0, kinds.UNUSED) for i in range(n_vocab - len(pieces))]
     for text, score, kind in pieces:
         piece = model.pieces.add()
         piece.piece, piece.score, piece.type = text, score, kind
@@ -104,7 +108,7 @@ def _language(
     return tensors
 
 
-def _text_config(n_vocab: int, layers: int, hidden: int = HIDDEN) -> dict[str, Any]:
+def text_config(n_vocab: int, layers: int, hidden: int = HIDDEN) -> dict[str, Any]:
     return {
         "model_type": "gemma3_text",
         "vocab_size": n_vocab,
@@ -128,6 +132,12 @@ def _text_config(n_vocab: int, layers: int, hidden: int = HIDDEN) -> dict[str, A
 
 def _write_tokenizer(directory: Path) -> int:
     model, pieces = sentencepiece_model()
+    write_tokenizer_files(directory, model)
+    return len(pieces)
+
+
+def write_tokenizer_files(directory: Path, model: bytes) -> None:
+    """tokenizer.model and the configuration that lists its special tokens."""
     (directory / "tokenizer.model").write_bytes(model)
     added = {str(i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
     config = {
@@ -141,7 +151,6 @@ def _write_tokenizer(directory: Path) -> int:
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return len(pieces)
 
 
 def write_shards(directory: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
@@ -179,7 +188,7 @@ def write_gemma3_vision(directory: Path, seed: int = 1, layers: int = LAYERS) ->
         "model_type": "gemma3",
         "torch_dtype": "bfloat16",
         "mm_tokens_per_image": 16,
-        "text_config": _text_config(n_vocab, layers),
+        "text_config": text_config(n_vocab, layers),
         "vision_config": {
             "model_type": "siglip_vision_model",
             "hidden_size": VISION_HIDDEN,
@@ -211,7 +220,7 @@ def write_gemma3_text(directory: Path, seed: int = 1, layers: int = LAYERS, hidd
     config = {
         "architectures": ["Gemma3ForCausalLM"],
         "torch_dtype": "bfloat16",
-        **_text_config(n_vocab, layers, hidden),
+        **text_config(n_vocab, layers, hidden),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     (directory / "README.md").write_text(CARD.replace("image-text-to-text", "text-generation"))

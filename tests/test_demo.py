@@ -15,7 +15,19 @@ CHUNKS = 6
 
 
 def perplexity(build: Build, model: Path, text: Path, log: RunLog) -> float:
-    argv = [build.tool("llama-perplexity"), "-m", model, "-f", text, "-c", "512", "-b", "512", "--chunks", str(CHUNKS)]
+    argv: list[str | Path] = [
+        build.tool("llama-perplexity"),
+        "-m",
+        model,
+        "-f",
+        text,
+        "-c",
+        "512",
+        "-b",
+        "512",
+        "--chunks",
+        str(CHUNKS),
+    ]
     match = re.search(r"Final estimate: PPL = ([\d.]+)", run_tool(argv, log=log).output)
     assert match is not None
     return float(match[1])

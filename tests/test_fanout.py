@@ -247,7 +247,7 @@ def test_full_disk_is_said_before_work_and_leaves_nothing(job: Job, tmp_path: Pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, hard))
     try:
-        with pytest.raises(GemmaGGUFError, match=r"cannot reserve [\d,]+ bytes"):
+        with pytest.raises(GemmaGGUFError, match=r"cannot write .*File too large"):
             fanout.prepare(job.content, job.dir, job.outputs)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -409,6 +409,19 @@ def test_waves_keep_shared_work_together() -> None:
     assert plan.waves([C, B, A], sizes, SPEEDS, 20) == [["a", "b"], ["c"]]
     with pytest.raises(GemmaGGUFError, match="b alone needs 50 bytes"):
         plan.waves([A, B, C], {**sizes, "b": 50}, SPEEDS, 20)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "memory", "expected"),
+    [
+        pytest.param(4, 3_000_000_000, 4, id="room-for-all"),
+        pytest.param(64, 3_000_000_000, 46, id="memory-limits"),
+        pytest.param(64, 1, 1, id="at-least-one"),
+        pytest.param(None, 10**12, os.cpu_count(), id="all-cores"),
+    ],
+)
+def test_workers_fit_the_memory(jobs: int | None, memory: int, expected: int) -> None:
+    assert fanout.workers_for(jobs, memory) == expected
 
 
 def test_what_fits_is_the_most_files() -> None:

@@ -102,12 +102,13 @@ def test_write_atomic_leaves_the_old_content_when_the_data_cannot_be_written(tmp
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from gemma_gguf.errors import DiskError
 from gemma_gguf.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_atomic(Path(sys.argv[1]), b"n" * 300_000)
-except OSError as error:
-    print(error.strerror)
+except DiskError as error:
+    print(error.__cause__.strerror)
 """
 
 

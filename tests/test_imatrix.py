@@ -1,6 +1,7 @@
 """Imatrix files in llama-imatrix's layout, whole and broken, and its command line."""
 
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 from gguf import GGUFWriter
 from gguf.constants import GGUFValueType as V
 
-from gemma_gguf import gguf_io, imatrix
+from gemma_gguf import calibration, gguf_io, imatrix
 from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.factory import Report
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.imatrix import Imatrix
 from gemma_gguf.llama_cpp import Build, RunLog, run_tool
@@ -445,16 +447,69 @@ def test_compute_reports_every_chunk(tmp_path: Path, log: RunLog) -> None:
         "pwd",
     )
     seen: list[tuple[str, float, float, str]] = []
-    done, planned = imatrix.compute(
-        argv, cwd=tmp_path, log=log, progress=lambda label, n, total, unit="": seen.append((label, n, total, unit))
+    done, planned = imatrix.run_segment(
+        argv,
+        32,
+        35,
+        cwd=tmp_path,
+        log=log,
+        progress=lambda label, n, total, unit="": seen.append((label, n, total, unit)),
     )
     assert planned == 3
-    assert seen == [("computing the imatrix", n, 3, "chunks") for n in (1, 2, 3)]
+    assert seen == [("computing the imatrix", 32 + n, 35, "chunks") for n in (1, 2, 3)]
     assert done.output.splitlines()[-1] == str(tmp_path)
 
 
 def test_compute_that_does_not_say_what_it_computes(tmp_path: Path, log: RunLog) -> None:
     with pytest.raises(VerificationError) as caught:
-        imatrix.compute(_fake_tool(tmp_path, "echo '[1]2.0,'"), cwd=tmp_path, log=log)
+        imatrix.run_segment(_fake_tool(tmp_path, "echo '[1]2.0,'"), 0, 9, cwd=tmp_path, log=log)
     assert caught.value.what == "llama-imatrix did not say how many chunks it computes"
     assert caught.value.log == log.path
+
+
+@pytest.mark.parametrize(
+    ("n_chunks", "size", "expected"),
+    [
+        pytest.param(5, 32, [(0, 5)], id="one run"),
+        pytest.param(64, 32, [(0, 32), (32, 32)], id="two runs"),
+        pytest.param(66, 32, [(0, 32), (32, 34)], id="two chunks left are refused by llama-imatrix"),
+        pytest.param(67, 32, [(0, 32), (32, 32), (64, 3)], id="three are not"),
+        pytest.param(1, 32, [(0, 1)], id="a single chunk"),
+        pytest.param(4, 1, [(0, 1), (1, 3)], id="the shortest runs"),
+    ],
+)
+def test_segments(n_chunks: int, size: int, expected: list[tuple[int, int]]) -> None:
+    assert imatrix.segments(n_chunks, size) == expected
+    assert sum(count for _, count in expected) == n_chunks
+
+
+def test_runs_in_parts_end_with_the_bytes_of_one_run(
+    build: Build, finished: Report, log: RunLog, tmp_path: Path
+) -> None:
+    """Real llama-imatrix: 11 chunks at once, in runs of 4, and in runs of 4 of which one was killed and one done."""
+    shutil.copy(finished.set_dir / "test_tiny-vision-bf16.gguf", tmp_path / "base.gguf")
+    (tmp_path / "text.txt").write_bytes(calibration.load("default", tmp_path).data)
+
+    def argv_of(first: int, count: int | None, continue_from: str | None, out: str) -> list[str]:
+        return imatrix.imatrix_argv(
+            build, "base.gguf", "text.txt", out, first_chunk=first, chunks=count, continue_from=continue_from
+        )
+
+    def compute(name: str, size: int) -> tuple[bytes, int]:
+        path, computed, _ = imatrix.compute(
+            argv_of, n_chunks=11, directory=tmp_path / name, cwd=tmp_path, log=log, segment_chunks=size
+        )
+        return path.read_bytes(), computed
+
+    whole, in_parts = compute("whole", 99), compute("parts", 4)
+    assert whole == in_parts
+    assert whole[1] == 11
+    plain = imatrix.imatrix_argv(build, "base.gguf", "text.txt", "plain.gguf", chunks=11)
+    run_tool(plain, log=log, cwd=tmp_path)
+    assert (tmp_path / "plain.gguf").read_bytes() == whole[0]
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "parts" / "part-0.gguf", tmp_path / "killed")
+    (tmp_path / "killed" / "part-4.partial.gguf").write_bytes(whole[0][:1000])  # what a killed run left
+    started = log.path.read_text().count("llama-imatrix -m")
+    assert compute("killed", 4) == whole
+    assert log.path.read_text().count("llama-imatrix -m") == started + 2
