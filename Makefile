@@ -28,7 +28,7 @@ build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 	$(BIN)/python -m pytest $(ARGS)
 
-proof: $(VENV)/.dev  ## the long campaigns; PART=<name> runs those whose name holds it
+proof: $(VENV)/.fuzz  ## the long campaigns; PART=<name> runs those whose name holds it
 	$(BIN)/python -m pytest -m proof -s $(if $(PART),-k "$(PART)") $(ARGS)
 
 bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner
@@ -56,6 +56,10 @@ $(BIN)/python:
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PIP_INSTALL) -e '.[build,convert,demo]'
+	@touch $@
+
+$(VENV)/.fuzz: pyproject.toml $(VENV)/.dev
+	$(PIP_INSTALL) -e '.[fuzz]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run

@@ -265,6 +265,8 @@ def read_header(path: Path) -> Header:
         keys, at = _read_keys(data, n_keys, at)
         alignment = GGUF_DEFAULT_ALIGNMENT
         if (key := keys.get("general.alignment")) is not None:
+            if key.type is GGUFValueType.ARRAY:
+                raise data.fail("general.alignment is an array, not a power of two")
             alignment = data.value(key.type, key.start)[0]
             if key.type is not GGUFValueType.UINT32 or alignment <= 0 or alignment & (alignment - 1):
                 raise data.fail(f"general.alignment is {alignment!r}, not a power of two")

@@ -343,7 +343,7 @@ def cmake_args(backend: str, extra: Sequence[str], commit: str, build_number: in
 
 def parse_ninja_line(line: str) -> tuple[int, int] | None:
     """(done, total) from a line such as `[12/230] Building CXX object ...`."""
-    match = re.match(r"\[(\d+)/(\d+)\] ", line)
+    match = re.match(r"\[([0-9]{1,9})/([0-9]{1,9})\] ", line)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -352,9 +352,9 @@ def parse_version(text: str) -> tuple[str, int, str]:
 
     Known forms: `version: 0.5.0 (build 123, commit abcdef)` and the older `version: 4567 (abcdef)`.
     """
-    if match := re.search(r"version: (\S+) \(build (\d+), commit (\w+)\)", text):
+    if match := re.search(r"version: (\S+) \(build ([0-9]{1,9}), commit (\w+)\)", text):
         return match[1], int(match[2]), match[3]
-    if match := re.search(r"version: (\d+) \((\w+)\)", text):
+    if match := re.search(r"version: ([0-9]{1,9}) \((\w+)\)", text):
         return f"b{match[1]}", int(match[1]), match[2]
     raise ToolFailedError(f"cannot read llama.cpp's version from {text.strip()[:200]!r}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
@@ -19,6 +19,7 @@ from gemma_gguf.files import write_atomic
 SCHEMA_VERSION = 1
 FILE_NAME = "quantset.json"
 
+Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A file of the set, never a path out of it: one component, or two for a folder of shards.
@@ -48,7 +49,7 @@ class ModelFacts(_Model):
     architecture: str  # class name in config.json
     family: str
     gguf_arch: str
-    n_parameters: int
+    n_parameters: Count
     vision: bool
     audio: bool
     qat: bool
@@ -64,7 +65,7 @@ class BuildFacts(_Model):
     source: str
     source_sha256: str
     version: str
-    build_number: int
+    build_number: Count
     commit: str
     backend: str
     compiler: str
@@ -77,16 +78,16 @@ class CalibrationFacts(_Model):
 
     name: str
     source: str
-    n_bytes: int
+    n_bytes: Count
     sha256: Sha256
 
 
 class ImatrixFacts(_Model):
     """The importance matrix: how much text it saw, and which tensors it covers."""
 
-    n_chunks: int
-    chunk_size: int  # tokens
-    n_entries: int
+    n_chunks: Count
+    chunk_size: Count  # tokens
+    n_entries: Count
     datasets: list[str]
 
 
@@ -94,7 +95,7 @@ class Checks(_Model):
     """What was verified before the file got its name."""
 
     layout_sha256: Sha256  # over tensor names, shapes and types in file order
-    sampled_rows: int  # dequantised and found finite
+    sampled_rows: Count  # dequantised and found finite
     load: str | None  # how it was loaded in llama.cpp and gave finite logits: `bindings`, `llama-perplexity`, or not
 
 
@@ -106,11 +107,11 @@ class FileEntry(_Model):
     recipe: RecipeName | None
     about: str | None  # what the recipe is
     state: Literal["local"]
-    n_bytes: int
+    n_bytes: Count
     sha256: Sha256
     bpw: float | None  # bits per weight, as llama.cpp counts: tensor data alone
-    types: dict[str, int]  # ggml type -> number of tensors
-    fallbacks: dict[str, int]  # "Q4_K -> Q5_0" -> number of tensors whose columns did not allow the wanted type
+    types: dict[str, Count]  # ggml type -> number of tensors
+    fallbacks: dict[str, Count]  # "Q4_K -> Q5_0" -> number of tensors whose columns did not allow the wanted type
     parent: RecipeName | None  # for `_L` rows
     differs: list[str]  # tensors that have another type than in the parent
     argv: list[str]
@@ -164,7 +165,8 @@ def load(directory: Path) -> Manifest:
     repair = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate could not be saved again
+        # A lone surrogate or 1e999 could be read but not saved again.
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not readable JSON: {error}", next_step=repair) from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -174,11 +176,15 @@ def load(directory: Path) -> Manifest:
             next_step="pip install --upgrade gemma-gguf",
         )
     try:
-        return Manifest.model_validate(raw)
+        loaded = Manifest.model_validate(raw)
+        loaded.model_dump_json()  # what cannot be written again must not be read
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise BadInputError(f"{path} is damaged at {where}: {first['msg']}", next_step=repair) from error
+    except PydanticSerializationError as error:
+        raise BadInputError(f"{path} is damaged: {error}", next_step=repair) from error
+    return loaded
 
 
 def _no_constant(name: str) -> float:

@@ -20,8 +20,8 @@ from gemma_gguf.gguf_io import TensorInfo, n_bytes_of
 
 # [   2/ 236] token_embd.weight - [   640, 262144,     1,     1], type =  bf16, size = 320.00 MiB -> 170.00 MiB (q8_0)
 _TENSOR_LINE = re.compile(
-    r"^\[ *(?P<index>\d+)/ *(?P<total>\d+)\] +(?P<name>\S+) +- "
-    r"\[(?P<shape> *\d+(?:, *\d+)*)\], type = *(?P<source>\w+), "
+    r"^\[ *(?P<index>[0-9]{1,9})/ *(?P<total>[0-9]{1,9})\] +(?P<name>\S+) +- "
+    r"\[(?P<shape> *[0-9]{1,19}(?:, *[0-9]{1,19}){0,7})\], type = *(?P<source>\w+), "
     r"size = *[\d.]+ MiB(?: -> *[\d.]+ MiB \((?P<target>\w+)\))?\s*$",
     re.MULTILINE,
 )

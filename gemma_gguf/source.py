@@ -261,6 +261,7 @@ def _refuse_unusable(path: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not readable JSON: {error}", next_step="Download it again.") from error
     if not isinstance(value, dict):
@@ -333,10 +334,20 @@ def read_safetensors_header(path: Path) -> dict[str, int]:
             continue
         try:
             shape, (start, end) = tensor["shape"], tensor["data_offsets"]
-            elements = math.prod(shape) if all(type(dim) is int and dim >= 0 for dim in shape) else None
+            elements = (
+                math.prod(shape)
+                if len(shape) <= 8 and all(type(dim) is int and 0 <= dim < 2**63 for dim in shape)
+                else None
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise broken(f"tensor {name!r} has no shape and offsets") from error
-        if not (isinstance(elements, int) and isinstance(start, int) and isinstance(end, int) and 0 <= start <= end):
+        if not (
+            isinstance(elements, int)
+            and isinstance(start, int)
+            and isinstance(end, int)
+            and 0 <= start <= end
+            and elements <= 2 * (end - start)
+        ):
             raise broken(f"tensor {name!r} has impossible numbers")
         if 8 + length + end > size:
             raise broken(f"tensor {name!r} ends {8 + length + end - size} bytes past the end")
@@ -358,8 +369,10 @@ def _front_matter(readme: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             return {}
         text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+        if _depth(value) > 50:
+            return {}
         return dict(json.loads(text.encode("utf-8", errors="replace")))
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError):
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         return {}
 
 
@@ -372,6 +385,11 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
 def _is_qat(name: ModelName, card: Mapping[str, Any]) -> bool:
     tags = card.get("tags")
     words = [name.model, *(tags if isinstance(tags, list) else [])]
@@ -382,12 +400,19 @@ def _chat_template(path: Path) -> str | None:
     """The checkpoint's chat template, from the places where transformers looks, in its order."""
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"{jinja} is not text: {error}", next_step="Download it again.") from error
     for file in ("chat_template.json", "tokenizer_config.json"):
         if (path / file).is_file():
             template = _json(path / file).get("chat_template")
             if isinstance(template, list):
-                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+                named = {
+                    t.get("name"): t.get("template")
+                    for t in template
+                    if isinstance(t, dict) and isinstance(t.get("name"), str)
+                }
                 template = named.get("default")
             if isinstance(template, str):
                 return template

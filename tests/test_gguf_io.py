@@ -478,7 +478,7 @@ DAMAGED = [
     (
         "alignment as an array",
         _alignment(V.ARRAY, _array(V.UINT32, 1, struct.pack("<I", 32))),
-        NOT_WHOLE + "general.alignment is [32], not a power of two",
+        NOT_WHOLE + "general.alignment is an array, not a power of two",
     ),
     (
         "alignment as a truth value",
