@@ -875,18 +875,21 @@ class SetPlan:
 
 def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
-    with _started(options, source.understand(options.model, options.name), progress, lambda _: None) as state:
+    name = source.understand(options.model, options.name)
+    jobs = fanout.workers_for(options.jobs, options.max_memory)
+    out = options.out.resolve()
+    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
+    bases = [work / convert.base_name(name.stem), set_dir / convert.base_name(name.stem)]
+    if name.origin == "hub" and options.base is None and not any(path.exists() for path in bases):
+        # Nothing is downloaded or built for an estimate.
+        offered = dict.fromkeys(quantize.KNOWN_FTYPES, "")
+        n_parameters = source.count_hub_parameters(name)
+        return _estimate(set_dir, recipes.select(options.recipes, offered), n_parameters, jobs, options.disk_budget)
+    with _started(options, name, progress, lambda _: None) as state:
         wanted = _wanted(state)
-        jobs = fanout.workers_for(options.jobs, options.max_memory)
-        bf16_row = state.set_dir / convert.base_name(state.stem)
-        base = next((path for path in (options.base, state.base, bf16_row) if path is not None and path.exists()), None)
+        base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)
         if base is None:
-            rows = tuple(_nominal(recipe, state.source.facts.n_parameters) for recipe in wanted)
-            total = sum(row.n_bytes for row in rows)
-            budget = _budget(state, [])
-            return SetPlan(
-                state.set_dir, "parameters of the checkpoint", False, rows, jobs, None, None, total, budget, ()
-            )
+            return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options.disk_budget)
         if base != state.base:
             link_or_copy(base.resolve(), state.base)
         header = gguf_io.read_header(state.base)
@@ -897,8 +900,8 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
             if real.exists():
                 copy(real, given)
             else:
-                name = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration").file_name
-                imatrix.write_placeholder(given, header, name)
+                text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+                imatrix.write_placeholder(given, header, text.file_name)
             return _exact_plan(state, wanted, header, given, jobs, from_placeholder=not real.exists())
 
 
@@ -960,9 +963,28 @@ def _exact_plan(
     )
 
 
-def _nominal(recipe: Recipe, n_parameters: int) -> PlannedFile:
-    bits = plan.nominal_bits(recipe.ftype)
-    return PlannedFile(recipe.name, int(n_parameters * bits / 8), bits, None, {}, {})
+def _estimate(
+    set_dir: Path, wanted: Sequence[Recipe], n_parameters: int, jobs: int, disk_budget: int | None
+) -> SetPlan:
+    """What can be said before there is a base: bits per weight of the type each recipe is named after."""
+    rows = []
+    for recipe in wanted:
+        bits = plan.nominal_bits(recipe.ftype)
+        rows.append(PlannedFile(recipe.name, int(n_parameters * bits / 8), bits, None, {}, {}))
+    existing = next(path for path in (set_dir, *set_dir.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    return SetPlan(
+        set_dir=set_dir,
+        basis="the number of parameters",
+        exact=False,
+        files=tuple(rows),
+        jobs=jobs,
+        asked_seconds=None,
+        distinct_seconds=None,
+        peak_bytes=sum(row.n_bytes for row in rows),
+        budget_bytes=free if disk_budget is None else min(free, disk_budget),
+        waves=(),
+    )
 
 
 def _budget(state: _Run, outputs: Sequence[fanout.Output]) -> int:

@@ -6,12 +6,13 @@ of a model repository is ever executed: Python files are neither downloaded nor 
 weights are refused with the reason.
 """
 
+import contextlib
 import fnmatch
 import glob
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -180,39 +181,66 @@ def _demo(directory: Path, progress: Progress) -> Path:
 
 def _download(name: ModelName) -> tuple[Path, str]:
     """(snapshot directory, commit) of a hub model; only what conversion needs is downloaded."""
-    import httpx2  # noqa: PLC0415 - these two are slow to import, and only the hub needs them
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, and only the hub needs it
 
     repo = f"{name.org}/{name.model}"
-    try:
-        info = HfApi().model_info(repo, revision=name.revision)
-        commit = str(info.sha)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        if "adapter_config.json" in names:
-            raise _adapter(repo)
-        if not any(file.endswith(".safetensors") for file in names) and any(_is_pickle(file) for file in names):
-            raise _pickled(repo)
+    with _hub_errors(repo, name.revision):
+        commit, names = _listing(repo, name.revision)
         wanted = [glob.escape(file) for file in names if _is_needed(file)]
-        path = snapshot_download(repo, revision=commit, allow_patterns=wanted)
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=wanted)), commit
+
+
+def count_hub_parameters(name: ModelName) -> int:
+    """Parameters of a hub model, from the headers of its weight files; nothing is downloaded but those."""
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    repo = f"{name.org}/{name.model}"
+    with _hub_errors(repo, name.revision):
+        commit, _ = _listing(repo, name.revision)
+        return sum(HfApi().get_safetensors_metadata(repo, revision=commit).parameter_count.values())
+
+
+def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """(commit, file names) of a repository that can be converted; an adapter or pickles alone are refused."""
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    info = HfApi().model_info(repo, revision=revision)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if "adapter_config.json" in names:
+        raise _adapter(repo)
+    if not any(file.endswith(".safetensors") for file in names) and any(_is_pickle(file) for file in names):
+        raise _pickled(repo)
+    return str(info.sha), names
+
+
+@contextlib.contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """The errors of the hub's client as ours, each with what to do about it."""
+    import httpx2  # noqa: PLC0415
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise GemmaGGUFError(
             f"{repo} is gated and this account has no access to it",
             next_step=f"Accept the terms on https://huggingface.co/{repo}, then run: hf auth login",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise BadInputError(f"{repo} has no revision {name.revision!r}") from error
+        raise BadInputError(f"{repo} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise BadInputError(
             f"there is no model {repo} on the hub, or it is private",
             next_step="Check the name; for a private model run: hf auth login",
         ) from error
+    except errors.NotASafetensorsRepoError as error:
+        raise BadInputError(f"{repo} has no *.safetensors files") from error
     except (httpx2.HTTPError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GemmaGGUFError(
             f"cannot reach the hub for {repo}: {reason}",
             next_step="Check the network (HF_ENDPOINT names another server), or give a local directory.",
         ) from error
-    return Path(path), commit
 
 
 def _is_needed(file: str) -> bool:

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gemma_gguf
-from gemma_gguf import cli, llama_cpp, recipes
+from gemma_gguf import cli, llama_cpp, recipes, source
 from gemma_gguf.files import locked
 from gemma_gguf.llama_cpp import Build
 from tests.hub import Hub, serving
@@ -308,6 +308,23 @@ def test_a_gated_model_says_where_to_ask(build: Build, hub: Hub, tmp_path: Path)
     next_step = "Accept the terms on https://huggingface.co/org/gated, then run: hf auth login"
     assert json.loads(done.stdout) == {"error": what, "next_step": next_step, "log": None}
     assert done.stderr.splitlines()[-2:] == [f"error: {what}", f"next:  {next_step}"]
+
+
+def test_a_plan_of_a_hub_model_downloads_no_weights(text_checkpoint: Path, tmp_path: Path) -> None:
+    """Sizes are estimated from the headers of the weight files, which are asked for by range."""
+    with serving() as served:
+        served.repo("org/model").commit(text_checkpoint, "main")
+        command: list[str | Path] = [PROGRAM, "plan", "org/model", "--out", tmp_path / "out", "--json"]
+        done = subprocess.run(command, env=served.environment(tmp_path), capture_output=True, text=True, check=True)
+        sizes = {row["recipe"]: row["n_bytes"] for row in json.loads(done.stdout)["files"]}
+        gets = [request for request in served.requests if request.method == "GET"]
+        weights = [request for request in gets if request.path.endswith(".safetensors")]
+    tensors = source.read_safetensors_header
+    n_parameters = sum(sum(tensors(path).values()) for path in text_checkpoint.glob("*.safetensors"))
+    assert sizes["bf16"] == 2 * n_parameters
+    assert weights
+    assert all("range" in request.headers for request in weights)
+    assert not (tmp_path / "out").exists()
 
 
 # --- two runs at a time, Ctrl-C ----------------------------------------------------------------------------------

@@ -193,3 +193,42 @@ def test_card_follows_the_manifest(copied: Path) -> None:
     assert factory.write_card(copied)
     assert "4321 chunks" in (copied / "README.md").read_text()
     assert not factory.write_card(copied)
+
+
+# --- planning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_imatrix", [True, False], ids=["base-and-imatrix", "base-alone"])
+def test_plan_is_exact_to_the_byte(finished: Report, again: Options, with_imatrix: bool) -> None:
+    """Also before there is an imatrix: a placeholder of the final names stands in for it."""
+    options = replace(again, imatrix=again.imatrix if with_imatrix else None)
+    planned = factory.plan_set(options)
+    assert planned.exact
+    assert planned.basis == ("base and imatrix" if with_imatrix else "base, and an imatrix to come")
+    sizes = {row.recipe: row.n_bytes for row in planned.files}
+    facts = manifest.load(finished.set_dir)
+    assert sizes == {entry.recipe: entry.n_bytes for entry in facts.files if entry.recipe}
+    assert {row.recipe: row.types for row in planned.files} == {e.recipe: e.types for e in facts.files if e.recipe}
+    assert planned.asked_seconds is not None
+    assert planned.distinct_seconds is not None
+    assert planned.asked_seconds > planned.distinct_seconds > 0
+    assert planned.peak_bytes == sum(size for name, size in sizes.items() if name != "bf16")
+    assert planned.fits
+    assert len(planned.waves) == 1
+    assert not list((again.out / f"{STEM}-GGUF").glob("*.gguf"))
+
+
+def test_plan_shows_the_waves_of_a_small_budget(again: Options) -> None:
+    planned = factory.plan_set(replace(again, disk_budget=6_000_000))
+    assert not planned.fits
+    assert len(planned.waves) > 1
+    sizes = {row.recipe: row.n_bytes for row in planned.files}
+    assert sorted(name for wave in planned.waves for name in wave) == sorted(set(sizes) - {"bf16"})
+    assert all(sum(sizes[name] for name in wave) <= 6_000_000 for wave in planned.waves)
+
+
+def test_plan_before_anything_exists_is_marked_as_an_estimate(set_options: Options, tmp_path: Path) -> None:
+    planned = factory.plan_set(replace(set_options, out=tmp_path / "out"))
+    assert (planned.exact, planned.basis, planned.distinct_seconds) == (False, "the number of parameters", None)
+    sizes = {row.recipe: row.n_bytes for row in planned.files}
+    assert sizes["bf16"] > sizes["Q8_0"] > sizes["Q4_K_M"] > sizes["IQ2_XXS"] > 0
