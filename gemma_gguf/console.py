@@ -91,6 +91,8 @@ class Console:
         n_made = sum(done.made for done in made)
         files = "file" if n_made == 1 else "files"
         self._err.print(f"{n_made} {files} made, {len(made) - n_made} kept, in {report.seconds:.0f} s")
+        if report.engine == "fanout" and any(done.made and done.stage == "quantize" for done in made):
+            self._err.print("Quants are made together: the time of each is counted from the start of the fan-out.")
         self._err.print(f"The set: {escape(shown_path(report.set_dir))}")
         if report.log.is_file():
             self._err.print(f"The log: {escape(shown_path(report.log))}")

@@ -102,6 +102,7 @@ class Report:
 
     set_dir: Path
     log: Path
+    engine: str
     done: list[Done] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -191,7 +192,7 @@ def _started(
             work=work,
             log=log,
             memory=memory,
-            report=Report(set_dir, log_path),
+            report=Report(set_dir, log_path, options.engine),
             progress=progress,
             say=say,
             manifest=_manifest(set_dir, name, build, found),
