@@ -28,7 +28,7 @@ build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 	$(BIN)/python -m pytest $(ARGS)
 
-proof: $(VENV)/.fuzz  ## the long campaigns; PART=<name> runs those whose name holds it
+proof: $(VENV)/.dev $(if $(filter-out fuzz,$(PART)),,$(VENV)/.fuzz)  ## the long campaigns; PART=<name> runs those whose name holds it
 	$(BIN)/python -m pytest -m proof -s $(if $(PART),-k "$(PART)") $(ARGS)
 
 bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner

@@ -69,7 +69,9 @@ class Console:
         """A line for something made or skipped."""
         self._end_bar()
         size = f"  {gigabytes(done.n_bytes)}" if done.n_bytes is not None else ""
-        if done.made:
+        if done.stage == "proof":
+            self._err.print(f"[green]same[/]  {done.stage:<9} {escape(done.name)}  [dim]({escape(done.why)})[/]")
+        elif done.made:
             self._err.print(f"[green]made[/]  {done.stage:<9} {escape(done.name)}{size}  {done.seconds:.1f} s")
         else:
             self._err.print(f"[dim]kept[/]  {done.stage:<9} {escape(done.name)}{size}  [dim]({escape(done.why)})[/]")

@@ -13,8 +13,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import gemma_gguf
@@ -138,7 +138,6 @@ class _Run:
     def record(self, new: Manifest) -> None:
         self.manifest = new
         manifest.save(new, self.set_dir)
-        self.memory.save()
 
 
 def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], None] = lambda _: None) -> Report:
@@ -148,6 +147,7 @@ def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], 
     was finished by then stays, and the same call goes on from there.
     """
     started = time.monotonic()
+    _check_given(options)
     name = source.understand(options.model, options.name)
     if options.until not in STAGES:
         raise BadInputError(f"unknown stage {options.until!r}", next_step=f"Choose one of: {', '.join(STAGES)}.")
@@ -162,6 +162,17 @@ def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], 
                 break
         state.report.seconds = time.monotonic() - started
         return state.report
+
+
+def _check_given(options: Options) -> None:
+    """What the user names must be there, before anything is built or downloaded."""
+    for option, path in (("--base", options.base), ("--imatrix", options.imatrix)):
+        if path is not None and not path.is_file():
+            raise BadInputError(f"there is no file {path}", next_step=f"Give {option} the path of a GGUF file.")
+    if options.imatrix is None and options.until != "convert":
+        calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+    if options.scheduler is not None:
+        fanout.dask_workers(options.scheduler)  # it answers
 
 
 @contextlib.contextmanager
@@ -200,7 +211,10 @@ def _started(
         set_dir.mkdir(parents=True, exist_ok=True)
         took = time.monotonic() - started
         state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {took:.0f} s", took))
-        yield state
+        try:
+            yield state
+        finally:
+            memory.save()
 
 
 def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source) -> Manifest:
@@ -236,7 +250,7 @@ def _build_facts(build: Build) -> BuildFacts:
         commit=build.commit,
         backend=build.backend,
         compiler=build.compiler,
-        cmake_args=list(build.cmake_args),
+        cmake_args=[*build.cmake_args, llama_cpp.GGML_BASE_OPTIONS],
         key=build.key,
     )
 
@@ -411,8 +425,12 @@ def _imatrix(state: _Run) -> None:
     computed, seen, seconds = imatrix.compute(
         argv_of, n_chunks=n_chunks, directory=parts, cwd=state.work, log=state.log, progress=state.progress
     )
-    made = imatrix.read(computed)
-    imatrix.check(made, header, needed, n_chunks=n_chunks or seen)
+    try:
+        made = imatrix.read(computed)
+        imatrix.check(made, header, needed, n_chunks=n_chunks or seen)
+    except (BadInputError, VerificationError):
+        shutil.rmtree(parts)  # so that the same command computes it again
+        raise
     replace_durably(computed, final)
     shutil.rmtree(parts)
     facts = CalibrationFacts(name=text.name, source=text.source, n_bytes=len(text.data), sha256=text.sha256)
@@ -425,13 +443,19 @@ def _given_imatrix(
     state: _Run, given: Path, final: Path, *, header: gguf_io.Header, needed: Sequence[str], base_sha: str
 ) -> None:
     """Use the user's own imatrix after the same checks."""
-    if not given.is_file():
-        raise BadInputError(f"there is no imatrix file {given}")
     made = imatrix.read(given)
     imatrix.check(made, header, needed)
     key = sha256_json(["imatrix", base_sha, state.memory.sha256(given)])
     if _stage_is_done(state, "imatrix", key) is None:
-        copy(given, partial := partial_path(final, state.work))
+        partial = partial_path(final, state.work)
+        # The name of the text ends in a key of every file: without the directories of the machine it was made on.
+        datasets = [PureWindowsPath(name).name if "\\" in name else Path(name).name for name in made.datasets]
+        if datasets == list(made.datasets):
+            copy(given, partial)
+        else:
+            renamed = {"imatrix.datasets": gguf_io.strings_value(datasets)}
+            gguf_io.write_with_values(gguf_io.read_header(given), partial, renamed)
+        made = replace(made, datasets=tuple(datasets))
         replace_durably(partial, final)
         _record_imatrix(state, final, made, key=key, argv=[], seconds=0.0, text=None)
     state.did(Done("imatrix", final.name, False, "given with --imatrix", 0.0, final.stat().st_size))
@@ -516,7 +540,7 @@ def _quantize(state: _Run) -> None:
     todo: list[tuple[Recipe, str, str]] = []
     for recipe in wanted:
         name = _file_name(state, recipe)
-        key = sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
+        key = _quant_key(state, recipe, base_sha, imatrix_sha)
         entry = state.manifest.file(name)
         path = state.set_dir / name
         if entry is not None and entry.key == key and path.is_file() and state.memory.sha256(path) == entry.sha256:
@@ -527,6 +551,7 @@ def _quantize(state: _Run) -> None:
             if entry is not None and entry.key == key:
                 reason = "file missing or changed"
             todo.append((recipe, key, reason))
+    _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
     plans: dict[str, FilePlan] = {}
     parents = {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}
     to_plan = {*(recipe for recipe, _, _ in todo if not recipe.is_base), *parents}
@@ -537,17 +562,37 @@ def _quantize(state: _Run) -> None:
         if recipe.is_base:
             _link_base_row(state, recipe, key, reason)
     made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
-    if not made:
-        return
-    inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
-    if state.options.engine == "fanout":
-        speeds = _speeds(state, [item.plan for item in made])
-        _fan_out(state, header, made, inputs, speeds)
-        if state.options.proof:
-            _prove(state, made, speeds)
+    if made and state.options.engine == "fanout":
+        inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
+        _fan_out(state, header, made, inputs, _speeds(state, [item.plan for item in made]))
     else:
         for item in made:
             _loop_once(state, item)
+    if state.options.proof:
+        _prove(state, again=bool(made))
+
+
+def _quant_key(state: _Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
+    """Hash of everything a quant's bytes depend on."""
+    return sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
+
+
+def _drop_stale(state: _Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -> None:
+    """Quants of an earlier run, of another base, imatrix or build, are no part of the set that this run describes.
+
+    They stay on the disk, and `verify` names them, until they are made again or deleted.
+    """
+    kept: list[FileEntry] = []
+    for entry in state.manifest.files:
+        recipe = recipes.TABLE.get(entry.recipe or "")
+        stale = recipe is not None and recipe.name not in wanted
+        if stale and recipe is not None and entry.key != _quant_key(state, recipe, base_sha, imatrix_sha):
+            why = "made from another base, imatrix or build: left out of the set"
+            state.did(Done("quantize", entry.name, False, why, 0.0))
+        else:
+            kept.append(entry)
+    if len(kept) < len(state.manifest.files):
+        state.record(state.manifest.model_copy(update={"files": kept}))
 
 
 @dataclass(frozen=True)
@@ -572,8 +617,8 @@ def _link_base_row(state: _Run, recipe: Recipe, key: str, why: str) -> None:
     """The bf16 row is the converter's output as it is, so a link is enough."""
     started = time.monotonic()
     final = state.set_dir / _file_name(state, recipe)
+    checks = verify.check_file(state.base, None, build=state.build, text=_probe_text(state), log=state.log)
     link_or_copy(state.base, final)
-    checks = verify.check_file(final, None, build=state.build, text=_probe_text(state), log=state.log)
     entry = _entry(
         state, final, kind="model", recipe=recipe, key=key, argv=[], seconds=0.0, checks=checks, engine="convert"
     )
@@ -612,15 +657,17 @@ def _accept(state: _Run, item: _Todo, partial: Path, argv: Sequence[str], second
     final = state.set_dir / _file_name(state, item.recipe)
     with _partial_cleanup(partial):
         checks = verify.check_file(partial, item.plan, build=state.build, text=_probe_text(state), log=state.log)
-    replace_durably(partial, final)
     entry = _entry(
-        state, final, kind="model", recipe=item.recipe, key=item.key, argv=argv, seconds=seconds, checks=checks
+        state, partial, kind="model", recipe=item.recipe, key=item.key, argv=argv, seconds=seconds, checks=checks
     ).model_copy(
         update={
+            "name": final.name,
             "fallbacks": item.plan.fallbacks,
             "differs": item.plan.differs_from(item.plans[item.recipe.parent]) if item.recipe.parent else [],
         }
     )
+    replace_durably(partial, final)
+    state.memory.moved(partial, final)
     state.record(state.manifest.with_file(entry))
     took = seconds + time.monotonic() - started
     state.did(Done("quantize", final.name, True, item.why, took, entry.n_bytes))
@@ -642,7 +689,10 @@ def _fan_out(
         outputs.append(fanout.Output(item.recipe.name, partial, fanout.new_header(header, item.plan, keys), item.plan))
     _refuse_what_does_not_fit(state, outputs)
     job_dir = state.work / "fanout"
-    jobs = fanout.workers_for(options.jobs, options.max_memory)
+    if options.scheduler is None:
+        jobs = fanout.workers_for(options.jobs, options.max_memory)
+    else:
+        jobs = fanout.dask_workers(options.scheduler)
     job = fanout.build_job(
         header,
         outputs,
@@ -672,7 +722,7 @@ def _fan_out(
             else lambda: fanout.dask_executor(str(options.scheduler))
         ),
         jobs=jobs,
-        costs=fanout.task_costs(json.loads(job_path.read_text()), speeds),
+        costs=fanout.task_costs(fanout.load_job(job_path), speeds),
         on_output=accept,
         progress=state.progress,
     )
@@ -712,22 +762,40 @@ def _speeds(state: _Run, plans: Sequence[FilePlan]) -> dict[str, float]:
     return known
 
 
-def _prove(state: _Run, made: Sequence[_Todo], speeds: Mapping[str, float]) -> None:
-    """Make the cheapest of the new files once more with llama-quantize: it must be the same, byte for byte.
+# Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
+PROOF_FIRST = ("Q6_K", "Q4_0", "Q3_K_S", "Q6_K_L")
 
-    Q8_0 uses no imatrix, so a file of nothing else would prove too little and is taken only when there is no other.
+
+def _prove(state: _Run, *, again: bool) -> None:
+    """Make one file of the fan-out once more with llama-quantize: it must be the same, byte for byte.
+
+    Done when files were made, or when an earlier run ended before its proof. After a mismatch the fan-out's files are
+    taken out of the set: none of them can be trusted.
     """
+    made = {entry.recipe: entry for entry in state.manifest.files if entry.engine == "fanout"}
+    if not made:
+        return
+    record = state.manifest.stages.get("proof")
+    known = {entry.name: entry.sha256 for entry in made.values()}
+    if not again and record is not None and record.outputs.items() <= known.items():
+        return
+    entry = next((made[name] for name in PROOF_FIRST if name in made), min(made.values(), key=lambda e: e.n_bytes))
+    (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(state.build, state.log))
     started = time.monotonic()
-
-    def cost(item: _Todo) -> tuple[bool, float]:
-        work = plan.work_of([item.plan])
-        return set(work.distinct) <= {"Q8_0"}, work.seconds(speeds)[0]
-
-    item = min(made, key=cost)
-    name = _file_name(state, item.recipe)
-    _compare_with_reference(state.build, state.set_dir, name, item.recipe, log=state.log, progress=state.progress)
+    try:
+        _compare_with_reference(state.build, state.set_dir, entry.name, recipe, log=state.log, progress=state.progress)
+    except VerificationError:
+        for bad in made.values():
+            (state.set_dir / bad.name).unlink(missing_ok=True)
+        state.record(
+            state.manifest.model_copy(update={"files": [f for f in state.manifest.files if f.engine != "fanout"]})
+        )
+        raise
     took = time.monotonic() - started
-    state.did(Done("proof", name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
+    outputs = {entry.name: entry.sha256}
+    proof = StageRecord(key=sha256_json(["proof", outputs]), argv=[entry.argv], seconds=round(took, 2), outputs=outputs)
+    state.record(state.manifest.with_stage("proof", proof))
+    state.did(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
 
 
 def _compare_with_reference(
@@ -781,7 +849,8 @@ def prove_set(
     compared: list[str] = []
     log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-proof.log"
     with locked(work, f"the set {facts.stem}", wait=wait), contextlib.closing(RunLog(log_path)) as log:
-        for entry in made[:: max(1, -(-len(made) // sample)) if sample else 1]:
+        count = min(sample or len(made), len(made))
+        for entry in (made[i * len(made) // count] for i in range(count)):
             begun = time.monotonic()
             (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(build, log))
             _compare_with_reference(build, set_dir, entry.name, recipe, log=log, progress=progress)
@@ -876,6 +945,7 @@ class SetPlan:
 
 def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
+    _check_given(options)
     name = source.understand(options.model, options.name)
     jobs = fanout.workers_for(options.jobs, options.max_memory)
     out = options.out.resolve()
@@ -891,12 +961,10 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
         base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)
         if base is None:
             return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options.disk_budget)
-        if base != state.base:
-            link_or_copy(base.resolve(), state.base)
-        header = gguf_io.read_header(state.base)
+        header = gguf_io.read_header(base)
         real = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
         with tempfile.TemporaryDirectory(dir=state.work) as scratch:
-            # Under its final bare name, in a directory from which the relative path of the base is the same.
+            # Under its final bare name, which llama-quantize copies into a key.
             given = Path(scratch, imatrix.file_name(state.stem))
             if real.exists():
                 copy(real, given)
@@ -919,7 +987,7 @@ def _exact_plan(
         plans[recipe.name] = asked = quantize.plan_recipe(
             state.build,
             recipe,
-            f"../{state.base.name}",
+            str(header.path.resolve()),
             imatrix=given.name,
             n_tensors=len(header.tensors),
             cwd=given.parent,
@@ -949,7 +1017,12 @@ def _exact_plan(
     budget = _budget(state, outputs)
     asked_seconds, distinct_seconds = plan.work_of(plans.values()).seconds(speeds)
     peak = sum(sizes.values())
-    groups = [list(sizes)] if peak <= budget else plan.waves(list(plans.values()), sizes, speeds, budget)
+    if peak <= budget:
+        groups = [list(sizes)]
+    elif max(sizes.values()) > budget:
+        groups = []  # one file alone is too large
+    else:
+        groups = plan.waves(list(plans.values()), sizes, speeds, budget)
     return SetPlan(
         set_dir=state.set_dir,
         basis="base, and an imatrix to come" if from_placeholder else "base and imatrix",

@@ -15,8 +15,9 @@ import json
 import multiprocessing
 import os
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ TASKS_AHEAD = 4  # handed to the executor per worker, so that none waits for the
 WORKER_BYTES = 64_000_000
 MAX_MEMORY = 3_000_000_000  # of all workers together, whatever the model's size
 SYNC_SECONDS = 60.0
+DASK_SECONDS = 10  # to wait for a scheduler
 RESTARTS = 3  # of the pool when a worker was killed from outside
 COPY_SPEED = 1e9  # elements per second that copied tensors count for in estimates
 
@@ -225,27 +227,47 @@ class Journal:
                 boot = rest
             elif word == "done" and rest.isdecimal():
                 pending.add(int(rest))
+            elif word == "open" and rest.isdecimal():
+                pending.discard(int(rest))
+                finished.discard(int(rest))
+            elif word == "lost":
+                pending.clear()
             elif word == "sync":
                 finished |= pending
                 pending.clear()
         return finished | pending if boot == boot_id() else finished
 
     def begin(self, *, fresh: bool) -> None:
-        """Start writing: a new journal, or a new `boot` line in an old one."""
+        """Start writing: a new journal, or a new `boot` line in an old one (after a line that a crash may have cut)."""
         if fresh:
-            write_atomic(self._path, f"job {self._identity()}\n")
-        append_line(self._path, f"boot {boot_id()}")
+            write_atomic(self._path, f"job {self._identity()}\nboot {boot_id()}\n")
+        else:
+            append_line(self._path, f"\nboot {boot_id()}")
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """These tasks are to be done again: a file they wrote to is gone."""
+        for index in indices:
+            append_line(self._path, f"open {index}")
 
     def add(self, index: int) -> None:
         append_line(self._path, f"done {index}")
 
     def sync(self, outputs: Sequence[Path]) -> None:
-        """Flush the outputs, then say so durably."""
-        for path in outputs:
-            if path.exists():
-                fsync(path)
+        """Flush the outputs, then say so durably. What a failed flush may have lost does not count as done."""
+        try:
+            for path in outputs:
+                if path.exists():
+                    fsync(path)
+        except DiskError:
+            self.lost()
+            raise
         append_line(self._path, "sync")
         fsync(self._path)
+
+    def lost(self) -> None:
+        """The system reports a failed flush once and may drop the pages: tasks since the last `sync` are open again."""
+        with contextlib.suppress(DiskError):
+            append_line(self._path, "lost")
 
     def _identity(self) -> str:
         return sha256_bytes(self._job_path.read_bytes())
@@ -262,38 +284,89 @@ def boot_id() -> str:
 def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tuple[Path, set[int], set[int]]:
     """Have the job on disk with its files; (job file, tasks done, outputs to skip).
 
-    An earlier job over the same inputs that includes every wanted recipe is continued: outputs that are not wanted any
-    more (they have their final names) are skipped. Otherwise the partial files are made anew.
+    An earlier job over the same inputs, in the same places, that includes every wanted recipe is continued. Its outputs
+    that are not wanted any more are skipped, and their partial files removed: a later run that wants them must not take
+    the tasks that passed them over for done. A wanted file that is gone is reserved anew, and the tasks of its phases
+    are open again. Otherwise everything starts anew.
     """
     job_path = job_dir / "job.json"
     job_dir.mkdir(parents=True, exist_ok=True)
     tasks.clear_slots(job_dir)
-    wanted = {output.recipe for output in outputs}
+    journal = Journal(job_path)
     old: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError):
-        old = json.loads(job_path.read_text())
-    if old is not None and old.get("inputs") == job["inputs"] and wanted <= set(old["recipes"]):
-        skip = {index for index, recipe in enumerate(old["recipes"]) if recipe not in wanted}
-        whole = all(
-            Path(path).is_file() and Path(path).stat().st_size == size
-            for index, (path, size) in enumerate(zip(old["outputs"], old["sizes"], strict=True))
-            if index not in skip
-        )
-        journal = Journal(job_path)
-        if whole and (done := journal.done()):
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        old = load_job(job_path)
+    if old is not None and _continues(old, job):
+        wanted = {output.recipe: output for output in outputs}
+        done = journal.done()
+        skip: set[int] = set()
+        gone: set[int] = set()
+        for index, recipe in enumerate(old["recipes"]):
+            path = Path(old["outputs"][index])
+            if recipe not in wanted:
+                skip.add(index)
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.stat().st_size != old["sizes"][index]:
+                gone |= _tasks_of(old, index)
+                _reserve(wanted[recipe])
+        if done - gone:
             journal.begin(fresh=False)
-            return job_path, done, skip
+            journal.forget(sorted(done & gone))
+            return job_path, done - gone, skip
+    (job_dir / "journal.txt").unlink(missing_ok=True)  # before any file it speaks of is emptied
+    # A number of its own, so that no long-lived worker takes this job for an earlier one whose files it has open.
+    job = {**job, "nonce": uuid.uuid4().hex}
+    write_atomic(_tasks_path(job_path), json.dumps(job.pop("tasks")))
     write_atomic(job_path, json.dumps(job))
-    for output in outputs:
-        try:
-            preallocate(output.partial, output.header.file_size)
-            write_at(output.partial, output.header.data, 0)
-        except DiskError:
-            for made in outputs:
-                made.partial.unlink(missing_ok=True)
-            raise
-    Journal(job_path).begin(fresh=True)
+    try:
+        for output in outputs:
+            _reserve(output)
+    except DiskError:
+        for output in outputs:
+            output.partial.unlink(missing_ok=True)
+        raise
+    journal.begin(fresh=True)
     return job_path, set(), set()
+
+
+def _reserve(output: Output) -> None:
+    """A file of the final size with its header, in an inode of its own."""
+    output.partial.unlink(missing_ok=True)
+    preallocate(output.partial, output.header.file_size)
+    write_at(output.partial, output.header.data, 0)
+
+
+def _continues(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `old` reads and writes in the places of `new`, and includes all of its outputs."""
+    same = all(old.get(field) == new[field] for field in ("inputs", "base", "imatrix", "bin_dir", "fsync"))
+    return same and set(zip(new["recipes"], new["outputs"], strict=True)) <= set(
+        zip(old["recipes"], old["outputs"], strict=True)
+    )
+
+
+def _phases_of(job: Mapping[str, Any], output: int) -> set[int]:
+    """The phases whose tasks write to an output."""
+    return {
+        target["phase"]
+        for tensor in job["tensors"]
+        for target in tensor["targets"]
+        if any(index == output for index, _ in target["places"])
+    }
+
+
+def _tasks_of(job: Mapping[str, Any], output: int) -> set[int]:
+    phases = _phases_of(job, output)
+    return {index for index, task in enumerate(job["tasks"]) if task["phase"] in phases}
+
+
+def _tasks_path(job_path: Path) -> Path:
+    """The tasks lie in a file of their own: of a large model they are many, and a worker needs one at a time."""
+    return job_path.with_name("tasks.json")
+
+
+def load_job(job_path: Path) -> dict[str, Any]:
+    """A job with its tasks, as the driver needs it."""
+    return {**json.loads(job_path.read_text()), "tasks": json.loads(_tasks_path(job_path).read_text())}
 
 
 def workers_for(jobs: int | None, max_memory: int) -> int:
@@ -313,20 +386,40 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
 
 
 @contextlib.contextmanager
-def dask_executor(address: str) -> Iterator[Executor]:
-    """Workers of a Dask cluster that see the same files under the same paths; Dask moves a dead one's tasks."""
+def _dask_client(address: str) -> Iterator[Any]:
     try:
         from distributed import Client  # noqa: PLC0415 - the `cluster` extra
     except ImportError as error:
         raise MissingToolError("--scheduler needs Dask", next_step="pip install 'gemma-gguf[cluster]'") from error
     try:
-        client = Client(address, timeout="20s", set_as_default=False)
+        client = Client(address, timeout=f"{DASK_SECONDS}s", set_as_default=False)
     except OSError as error:
         raise BadInputError(
             f"no Dask scheduler answers at {address}: {error}", next_step="Start one with: dask scheduler"
         ) from error
     with client:
-        yield client.get_executor(pure=False, retries=RESTARTS)
+        yield client
+
+
+def dask_workers(address: str) -> int:
+    """How many tasks the cluster can do at a time. Raises `BadInputError` when no scheduler answers."""
+    with _dask_client(address) as client:
+        return max(1, sum(map(int, client.ncores().values())))
+
+
+@contextlib.contextmanager
+def dask_executor(address: str) -> Iterator[Executor]:
+    """Workers of a Dask cluster that see the same files under the same paths; Dask moves a dead one's tasks."""
+    with _dask_client(address) as client:
+        try:
+            yield client.get_executor(pure=False, retries=RESTARTS)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "distributed":
+                raise
+            raise ToolFailedError(
+                f"the Dask cluster failed: {error}",
+                next_step="Finished work is kept: look at the workers' logs, then run the same command again.",
+            ) from error
 
 
 def run(
@@ -345,7 +438,7 @@ def run(
     Raises `ToolFailedError` naming tensor and type when ggml aborts in a worker; what was finished stays. A worker
     that is killed from outside is replaced, and its task done again.
     """
-    job = json.loads(job_path.read_text())
+    job = load_job(job_path)
     identity = sha256_bytes(job_path.read_bytes())
     state = _State(job_path, job, done, skip, costs=costs, on_output=on_output, progress=progress)
     state.finish_outputs()
@@ -388,13 +481,7 @@ class _State:
         self.open = {index: None for index in range(len(job["tasks"])) if index not in done}
         self.unfinished = set(range(len(job["outputs"]))) - skip
         # An output is whole when every task of every phase that writes to it is done.
-        phases_of: dict[int, set[int]] = {index: set() for index in self.unfinished}
-        for tensor in job["tensors"]:
-            for target in tensor["targets"]:
-                for output, _ in target["places"]:
-                    if output in phases_of:
-                        phases_of[output].add(target["phase"])
-        self.phases_of = phases_of
+        self.phases_of = {index: _phases_of(job, index) for index in self.unfinished}
         self.open_in_phase = Counter(job["tasks"][index]["phase"] for index in self.open)
         self.total = sum(costs)
         self.done_cost = sum(costs[index] for index in done)
@@ -406,7 +493,11 @@ class _State:
         """Hand over every output that no open task writes to."""
         whole = [i for i in sorted(self.unfinished) if not any(self.open_in_phase[p] for p in self.phases_of[i])]
         for index in whole:
-            fsync(Path(self.job["outputs"][index]))
+            try:
+                fsync(Path(self.job["outputs"][index]))
+            except DiskError:
+                self.journal.lost()
+                raise
             self.on_output(self.job["recipes"][index])
             self.unfinished.remove(index)
 
@@ -416,7 +507,8 @@ class _State:
         try:
             while True:
                 while len(running) < window and (index := next(waiting, None)) is not None:
-                    future = pool.submit(tasks.run_task, str(self.job_path), identity, index, self.skip)
+                    task = self.job["tasks"][index]
+                    future = pool.submit(tasks.run_task, str(self.job_path), identity, index, task, self.skip)
                     running[future] = index
                 if not running:
                     break

@@ -243,6 +243,11 @@ class HashMemory:
         self._known[str(path)] = [*mark, digest]
         return digest
 
+    def moved(self, old: Path, new: Path) -> None:
+        """A file that was hashed as `old` is now called `new`."""
+        if (entry := self._known.pop(str(old.resolve()), None)) is not None:
+            self._known[str(new.resolve())] = entry
+
     def save(self) -> None:
         """Write the memory back; entries whose file is gone are dropped."""
         kept = {name: entry for name, entry in self._known.items() if Path(name).exists()}

@@ -82,6 +82,9 @@ PROJECT_INCLUDE = """if(NOT GEMMA_GGUF_INCLUDED)
     target_compile_options ggml-base PRIVATE ${GEMMA_GGUF_OPTIONS})
 endif()
 """
+GGML_BASE_OPTIONS = "ggml-base: -ffp-contract=off -march=native (where the compiler has it)"
+# Variables that CMake reads; they are part of a build's identity when they are set.
+COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS")
 # What of llama.cpp's source a finished build keeps: the converter and what it imports.
 KEPT_SOURCES = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 TAIL_LINES = 15
@@ -404,7 +407,9 @@ def build(
         # Everything but the stamp of commit and number, which follow from the source.
         flags = cmake_args(backend, extra_cmake_args, source.commit, source.build_number)
         machine = machine_id()
-        identity = [source.sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
+        identity: list[Any] = [source.sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
+        if variables := {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}:
+            identity.append(variables)
         key = sha256_json(identity)[:20]
         root = builds / key
         if (root / "build.json").is_file():

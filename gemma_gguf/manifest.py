@@ -162,7 +162,7 @@ def load(directory: Path) -> Manifest:
         raise BadInputError(
             f"{directory} has no {FILE_NAME}: it is not a quant set", next_step="Make one with: gemma-gguf run MODEL"
         )
-    repair = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
+    repair = "Restore it, or delete it and run the same command again: the set is made anew."
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
         # A lone surrogate or 1e999 could be read but not saved again.

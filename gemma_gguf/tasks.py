@@ -15,6 +15,7 @@ import multiprocessing.connection
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -101,16 +102,16 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def run_task(job_path: str, identity: str, index: int, skip: frozenset[int]) -> TaskDone:
-    """Do task `index` of a job; outputs in `skip` are finished already and not touched.
+def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], skip: frozenset[int]) -> TaskDone:
+    """Do task `index` of a job; `task` is {phase, pieces: [[tensor, first row, rows], ...]}.
 
-    Raises `VerificationError` when ggml finds its own result invalid.
+    Outputs in `skip` are finished already and not touched. Raises `VerificationError` when ggml finds its own result
+    invalid.
     """
     started = time.thread_time()
     context = _context(job_path, identity)
     in_quantize, n_read, n_written = 0.0, 0, 0
     touched: set[int] = set()
-    task = context.job["tasks"][index]
     for tensor_index, first_row, n_rows in task["pieces"]:
         tensor = context.job["tensors"][tensor_index]
         source = GGMLQuantizationType[tensor["type"]]

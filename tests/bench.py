@@ -319,7 +319,7 @@ def compare(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
         step()
     figures, everything, k_quants = bench.figures, bench.loop_total(names), bench.loop_total(K_QUANTS)
     early = next(((share, at) for share, at in figures.history if share >= 0.05), (1.0, figures.wall_seconds))
-    identical = all(runs["all"].sha256[name] == digest for name, digest in everything.sha256.items())
+    identical = all(run.sha256[name] == everything.sha256[name] for run in runs.values() for name in run.sha256)
     return {
         "recipes": len(names),
         "loop_wall": round(everything.wall, 1),

@@ -1,7 +1,6 @@
 """The fan-out engine: the same bytes as llama-quantize, whatever is killed on the way."""
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -143,7 +142,15 @@ def make_job(build: Build, finished: Report, log: RunLog, directory: Path, task_
     return Job(directory / "job", tuple(outputs), content, expected)
 
 
-def run_job(job: Job, jobs: int = 2, handed_over: list[str] | None = None) -> fanout.Figures:
+def run_job(
+    job: Job, jobs: int = 2, handed_over: list[str] | None = None, stop_after: float = float("inf")
+) -> fanout.Figures:
+    """Do a job; with `stop_after`, until that many tasks are done, then fail as an interrupted run does."""
+
+    def count(label: str, done: float, total: float, unit: str = "") -> None:
+        if done >= stop_after:
+            raise GemmaGGUFError(f"{label}: stopped at {done} of {total} {unit}")
+
     path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
     return fanout.run(
         path,
@@ -151,8 +158,9 @@ def run_job(job: Job, jobs: int = 2, handed_over: list[str] | None = None) -> fa
         skip,
         executor=lambda: fanout.local_executor(jobs, job.dir),
         jobs=jobs,
-        costs=[1.0] * len(json.loads(path.read_text())["tasks"]),
+        costs=[1.0] * len(fanout.load_job(path)["tasks"]),
         on_output=(handed_over if handed_over is not None else []).append,
+        progress=count,
     )
 
 
@@ -167,7 +175,7 @@ def test_job_makes_the_files_and_hands_them_over_in_phases(job: Job) -> None:
     assert job.hashes() == job.expected
     assert order[:2] == ["Q8_0", "Q4_K_M"]
     assert sorted(order) == sorted(SOME)
-    assert figures.tasks == len(json.loads((job.dir / "job.json").read_text())["tasks"])
+    assert figures.tasks == len(fanout.load_job(job.dir / "job.json")["tasks"])
     assert 0 < figures.quantize_seconds <= figures.cpu_seconds
 
 
@@ -191,10 +199,13 @@ def test_damage_in_the_journal_only_costs_time(job: Job) -> None:
     assert job.hashes() == job.expected
 
 
-def test_lost_partial_file_starts_the_job_anew(job: Job) -> None:
+def test_lost_partial_file_costs_its_own_tasks(job: Job) -> None:
+    """The last recipe's file is gone: the tasks of its phases are done again, those of other phases are not."""
     run_job(job)
-    job.outputs[1].partial.unlink()
-    assert run_job(job).resumed_tasks == 0
+    job.outputs[3].partial.unlink()
+    again = run_job(job)
+    assert again.resumed_tasks > 0
+    assert again.tasks > 0
     assert job.hashes() == job.expected
 
 
@@ -213,9 +224,41 @@ def test_finished_outputs_are_left_alone_on_resume(job: Job) -> None:
     assert fewer.hashes() == {name: job.expected[name] for name in SOME[1:]}
 
 
+def test_interrupted_run_of_fewer_recipes_leaves_no_holes(job: Job) -> None:
+    """Tasks that passed an output over, because it was not wanted then, are not done for it."""
+    with pytest.raises(GemmaGGUFError, match="stopped"):
+        run_job(job, stop_after=10)
+    fewer = replace(job, outputs=job.outputs[1:2], content=_content_of(job, [1]))
+    with pytest.raises(GemmaGGUFError, match="stopped"):
+        run_job(fewer, stop_after=60)
+    run_job(job)
+    assert job.hashes() == job.expected
+
+
+def _content_of(job: Job, indices: list[int]) -> dict[str, Any]:
+    """The job of a run that wants only some of the outputs, as `prepare` sees it before it finds the old one."""
+    chosen = {field: [job.content[field][i] for i in indices] for field in ("recipes", "outputs", "sizes")}
+    return {**job.content, **chosen}
+
+
+def test_job_in_another_place_is_not_continued(job: Job, tmp_path: Path) -> None:
+    """A copied work directory writes into its own files, not into those of the directory it was copied from."""
+    with pytest.raises(GemmaGGUFError, match="stopped"):
+        run_job(job, stop_after=10)
+    shutil.copytree(tmp_path / "fanout", tmp_path / "copy")
+    places = [str(Path(place).parent.parent / "copy" / Path(place).name) for place in job.content["outputs"]]
+    outputs = tuple(replace(output, partial=Path(place)) for output, place in zip(job.outputs, places, strict=True))
+    there = replace(job, dir=tmp_path / "copy" / "job", outputs=outputs, content={**job.content, "outputs": places})
+    assert run_job(there).resumed_tasks == 0
+    assert there.hashes() == job.expected
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
+        pytest.param(["boot HERE", "done 1", "lost", "done 2"], {2}, id="failed-flush"),
+        pytest.param(["boot HERE", "done 1", "done 2", "sync", "open 1"], {2}, id="file-gone"),
+        pytest.param(["boot old", "done 12", "", "boot HERE", "done 3", "sync"], {3}, id="cut-line-then-boot"),
         pytest.param(["boot HERE", "done 1", "done 2"], {1, 2}, id="same-boot-needs-no-sync"),
         pytest.param(["boot old", "done 1", "sync", "done 2"], {1}, id="other-boot-trusts-synced-lines"),
         pytest.param(["boot old", "done 1", "sync", "done 2", "boot HERE", "done 3"], {1, 3}, id="restart-between"),

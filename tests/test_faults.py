@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import errno
-import json
 import os
 import shutil
 import signal
@@ -154,7 +153,7 @@ def threads() -> Iterator[Executor]:
 
 def run(job: Job) -> fanout.Figures:
     path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
-    count = len(json.loads(path.read_text())["tasks"])
+    count = len(fanout.load_job(path)["tasks"])
     return fanout.run(path, done, skip, executor=threads, jobs=1, costs=[1.0] * count, on_output=lambda _: None)
 
 
@@ -200,7 +199,7 @@ def test_finished_tasks_are_not_done_again_after_a_full_disk(job: Job, inject: I
     tasks._context.cache_clear()
     inject(Faulty("nothing", 0, "EIO"))
     figures = run(job)
-    total = len(json.loads((job.dir / "job.json").read_text())["tasks"])
+    total = len(fanout.load_job(job.dir / "job.json")["tasks"])
     assert figures.resumed_tasks + figures.tasks == total
     assert figures.resumed_tasks >= 5
 

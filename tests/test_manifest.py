@@ -23,7 +23,7 @@ from gemma_gguf.manifest import (
 )
 from tests.examples import example, sha
 
-REPAIR = "Restore it, or delete it and run the same command again: files that are whole are found and kept."
+REPAIR = "Restore it, or delete it and run the same command again: the set is made anew."
 # Where each model stands in the example's JSON; fields are tried out in all of them.
 PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Manifest, ()),
