@@ -401,15 +401,16 @@ def test_gemma_terms_are_for_the_gemma_licence_alone() -> None:
 def test_imatrix_and_its_text_are_described() -> None:
     page = _Page(_body(example()))
     assert (
-        f"Every quant was made with an importance matrix ({IMATRIX}), computed on 146 chunks of 512 tokens of the calibration "
-        "set default (texts of this repository, 262,144 bytes, sha256 "
+        f"Every quant was made with an importance matrix ({IMATRIX}), computed on 146 chunks of 512 tokens of the "
+        "calibration set default (texts of this repository, 262,144 bytes, sha256 "
     ) in page.text
     assert f"./{IMATRIX}" in page.links
 
 
 def test_a_given_imatrix_has_no_text() -> None:
     text = _Page(_body(example().model_copy(update={"calibration": None}))).text
-    assert f"Every quant was made with an importance matrix that was given ({IMATRIX}, 146 chunks of 512 tokens)." in text
+    made = f"Every quant was made with an importance matrix that was given ({IMATRIX}, 146 chunks of 512 tokens)."
+    assert made in text
     assert "calibration" not in text
 
 
