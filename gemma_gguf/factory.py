@@ -42,6 +42,7 @@ from gemma_gguf.files import (
     locked,
     partial_path,
     replace_durably,
+    sha256_file,
     sha256_json,
     write_atomic,
 )
@@ -1128,6 +1129,6 @@ def _problem(path: Path, entry: FileEntry) -> str | None:
     except (BadInputError, VerificationError) as error:
         return error.what
     # Read now, whatever is remembered: this command exists to look at the bytes.
-    if HashMemory(path.with_name(".unused"), rehash=True).sha256(path) != entry.sha256:
+    if sha256_file(path) != entry.sha256:
         return "its sha256 is not the recorded one"
     return None

@@ -199,6 +199,12 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read now."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
 def sha256_json(value: object) -> str:
     """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces): the key of a stage or a build."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
@@ -238,8 +244,7 @@ class HashMemory:
         known = self._known.get(str(path))
         if isinstance(known, list) and len(known) == 4 and known[:3] == mark and isinstance(known[3], str):
             return known[3]
-        with path.open("rb") as source:
-            digest = hashlib.file_digest(source, "sha256").hexdigest()
+        digest = sha256_file(path)
         self._known[str(path)] = [*mark, digest]
         return digest
 

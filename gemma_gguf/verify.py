@@ -4,7 +4,6 @@ Consumes a partial file and the plan; produces the `Checks` that go into the man
 names the first thing that is wrong. Nothing that fails here is ever given a final name.
 """
 
-import hashlib
 import math
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import ToolFailedError, VerificationError
+from gemma_gguf.files import sha256_file
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, run_tool
 from gemma_gguf.manifest import Checks
@@ -147,7 +147,7 @@ def check_load(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
 
 def compare(made: Path, reference: Path) -> None:
     """Raise `VerificationError` unless two GGUF files are the same bytes, naming the first tensor that differs."""
-    if _sha256(made) == _sha256(reference):
+    if sha256_file(made) == sha256_file(reference):
         return
     ours, theirs = gguf_io.read_header(made), gguf_io.read_header(reference)
     where = "their headers differ"
@@ -162,8 +162,3 @@ def compare(made: Path, reference: Path) -> None:
         f"{made} is not what llama-quantize of the same build writes: {where}",
         next_step="Make the set with --engine llama-quantize, and report this: it should never happen.",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
