@@ -231,7 +231,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         # A manifest never names a file that is not there.
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
     return Manifest(
-        schema_version=1,
+        schema_version=manifest.SCHEMA_VERSION,
         calibration=None,
         imatrix=None,
         stages={},

@@ -8,7 +8,7 @@ relative to the set's directory. `README.md` describes the fields for readers.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, PydanticSerializationError
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError, PydanticSerializationError
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 FILE_NAME = "quantset.json"
 
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -28,8 +28,8 @@ SetPath = Annotated[str, Field(pattern=r"^[\w][\w.+-]*(/[\w][\w.+-]*)?$", max_le
 
 def _whole_number(value: object) -> object:
     """JSON's true and 1.0 equal 1 in Python; a schema version is neither."""
-    if type(value) is not int:
-        raise PydanticCustomError("schema_version", "Input should be 1")
+    if type(value) is not int or not 1 <= value <= SCHEMA_VERSION:
+        raise PydanticCustomError("schema_version", f"Input should be 1 to {SCHEMA_VERSION}")
     return value
 
 
@@ -122,6 +122,58 @@ class FileEntry(_Model):
     checks: Checks | None
 
 
+class Measured(_Model):
+    """A measured number with its standard error; `se` is None where one cannot be given."""
+
+    value: float
+    se: float | None
+
+
+class Quality(_Model):
+    """How close one file is to the base, on text that neither saw in calibration. Logarithms are natural.
+
+    The base's own `Quality`, against itself, is the noise floor of the rest.
+    """
+
+    base_sha256: Sha256
+    text: str
+    text_sha256: Sha256
+    mode: Literal["plain", "chat"]  # `chat`: the model's own turn format, special tokens parsed
+    chunk_size: Count  # tokens
+    n_chunks: Count
+    n_tokens: Count  # scored
+    ppl: Measured
+    ppl_ratio: Measured  # file over base
+    kld: Measured  # mean, nats
+    kld_median: float
+    kld_p99: float
+    kld_p999: float | None  # of 10,000 scored tokens on
+    delta_p_rms: Measured  # RMS of the change in the right token's probability, 0 to 1
+    same_top_p: Measured  # share of tokens with the same most probable token, 0 to 1
+    build: str  # key of the llama.cpp build that measured
+
+
+class Speed(_Model):
+    """How fast one file runs on the machine that made the set, by llama-bench, and what it takes."""
+
+    build: str
+    cpu: str
+    backend: str
+    threads: Count
+    n_prompt: Count
+    n_generate: Count
+    prompt_per_second: Measured  # tokens
+    generate_per_second: Measured
+    peak_memory_bytes: Count | None  # resident, while loaded
+
+
+class Evidence(_Model):
+    """What was measured of the bytes with one sha256."""
+
+    quality: Quality | None
+    speed: Speed | None
+
+
 class StageRecord(_Model):
     """A stage that was done: the hash of what it depends on, what was run, how long it took."""
 
@@ -134,7 +186,7 @@ class StageRecord(_Model):
 class Manifest(_Model):
     """The whole of `quantset.json`."""
 
-    schema_version: Annotated[Literal[1], BeforeValidator(_whole_number)]
+    schema_version: Annotated[Literal[2], BeforeValidator(_whole_number)]
     tool_version: str
     stem: str
     model: ModelFacts
@@ -143,6 +195,7 @@ class Manifest(_Model):
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
     files: list[FileEntry]
+    evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -176,7 +229,7 @@ def load(directory: Path) -> Manifest:
             next_step="pip install --upgrade gemma-gguf",
         )
     try:
-        loaded = Manifest.model_validate(raw)
+        loaded = Manifest.model_validate(_upgraded(raw) if type(version) is int and version == 1 else raw)
         loaded.model_dump_json()  # what cannot be written again must not be read
     except ValidationError as error:
         first = error.errors()[0]
@@ -185,6 +238,11 @@ def load(directory: Path) -> Manifest:
     except PydanticSerializationError as error:
         raise BadInputError(f"{path} is damaged: {error}", next_step=repair) from error
     return loaded
+
+
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1 with what schema 2 added."""
+    return {**raw, "schema_version": SCHEMA_VERSION, "evidence": {}}
 
 
 def _no_constant(name: str) -> float:

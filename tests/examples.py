@@ -5,10 +5,14 @@ from gemma_gguf.manifest import (
     BuildFacts,
     CalibrationFacts,
     Checks,
+    Evidence,
     FileEntry,
     ImatrixFacts,
     Manifest,
+    Measured,
     ModelFacts,
+    Quality,
+    Speed,
     StageRecord,
 )
 
@@ -169,7 +173,7 @@ def example() -> Manifest:
         ),
     ]
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         tool_version="0.1.0",
         stem=STEM,
         model=ModelFacts(
@@ -227,4 +231,41 @@ def example() -> Manifest:
             ),
         },
         files=[mmproj, imatrix, *models],
+        evidence={model.sha256: evidence(model.bpw or 0.0, models[0].sha256) for model in models},
+    )
+
+
+def evidence(bpw: float, base_sha256: str) -> Evidence:
+    """What might have been measured of a file with so many bits per weight: the fewer, the farther from the base."""
+    away = 0.0 if bpw >= 16 else 2.0**-bpw
+    return Evidence(
+        quality=Quality(
+            base_sha256=base_sha256,
+            text="heldout",
+            text_sha256=sha("heldout"),
+            mode="chat",
+            chunk_size=512,
+            n_chunks=40,
+            n_tokens=10240,
+            ppl=Measured(value=9.5 * (1 + away), se=0.21),
+            ppl_ratio=Measured(value=1 + away, se=0.1 * away),
+            kld=Measured(value=away, se=0.02 * away),
+            kld_median=0.3 * away,
+            kld_p99=12 * away,
+            kld_p999=40 * away,
+            delta_p_rms=Measured(value=0.5 * away, se=0.01 * away),
+            same_top_p=Measured(value=1 - away, se=0.003),
+            build=BUILD,
+        ),
+        speed=Speed(
+            build=BUILD,
+            cpu="AMD EPYC",
+            backend="cpu",
+            threads=2,
+            n_prompt=512,
+            n_generate=64,
+            prompt_per_second=Measured(value=30.5, se=0.4),
+            generate_per_second=Measured(value=60 / bpw, se=0.1),
+            peak_memory_bytes=3_100_000_000,
+        ),
     )

@@ -15,13 +15,17 @@ from gemma_gguf.manifest import (
     BuildFacts,
     CalibrationFacts,
     Checks,
+    Evidence,
     FileEntry,
     ImatrixFacts,
     Manifest,
+    Measured,
     ModelFacts,
+    Quality,
+    Speed,
     StageRecord,
 )
-from tests.examples import example, sha
+from tests.examples import STEM, example, sha
 
 REPAIR = "Restore it, or delete it and run the same command again: the set is made anew."
 # Where each model stands in the example's JSON; fields are tried out in all of them.
@@ -34,6 +38,10 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (StageRecord, ("stages", "convert")),
     (FileEntry, ("files", 3)),
     (Checks, ("files", 3, "checks")),
+    (Evidence, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"))),
+    (Quality, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality")),
+    (Measured, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality", "kld")),
+    (Speed, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "speed")),
 )
 
 
@@ -84,7 +92,7 @@ def test_saving_what_was_loaded_changes_no_byte(tmp_path: Path) -> None:
     first = path.read_bytes()
     manifest.save(manifest.load(tmp_path), tmp_path)
     assert path.read_bytes() == first
-    assert first.startswith(b'{\n "schema_version": 1,\n "tool_version": "0.1.0",\n')
+    assert first.startswith(b'{\n "schema_version": 2,\n "tool_version": "0.1.0",\n')
     assert first.endswith(b"\n}\n")
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
 
@@ -233,12 +241,20 @@ def test_a_name_of_256_letters(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("version", [2, 3, 10**30])
+@pytest.mark.parametrize("version", [3, 4, 10**30])
 def test_a_newer_schema_is_refused_before_its_fields_are_looked_at(tmp_path: Path, version: int) -> None:
     error = _refused(tmp_path, {"schema_version": version, "something": "new"})
     path = tmp_path / FILE_NAME
-    assert error.what == f"{path} has schema version {version}, this gemma-gguf reads up to 1"
+    assert error.what == f"{path} has schema version {version}, this gemma-gguf reads up to 2"
     assert error.next_step == "pip install --upgrade gemma-gguf"
+
+
+def test_a_manifest_of_schema_1_is_read_as_one_without_evidence(tmp_path: Path) -> None:
+    raw = _raw()
+    raw["schema_version"] = 1
+    del raw["evidence"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(raw))
+    assert manifest.load(tmp_path) == example().model_copy(update={"evidence": {}})
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", "2", None, [1], 1.0, 2.5, True], ids=repr)
@@ -246,7 +262,7 @@ def test_a_schema_version_that_is_none(tmp_path: Path, version: object) -> None:
     raw = _raw()
     raw["schema_version"] = version
     error = _refused(tmp_path, raw)
-    assert error.what == f"{tmp_path / FILE_NAME} is damaged at schema_version: Input should be 1"
+    assert error.what == f"{tmp_path / FILE_NAME} is damaged at schema_version: Input should be 1 to 2"
 
 
 @pytest.mark.parametrize(
