@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 import gemma_gguf
-from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, recipes
+from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, planning, proof, recipes
 from gemma_gguf.console import Console
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
-from gemma_gguf.factory import Options
+from gemma_gguf.session import Options
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -293,7 +293,7 @@ def plan_command(ctx: click.Context, /, **given: Any) -> None:
     gemma-gguf plan google/gemma-3-4b-it --disk-budget 40GB
     """
     console = _console(ctx)
-    planned = factory.plan_set(_options(given, "card"), progress=console.progress)
+    planned = planning.plan_set(_options(given, "card"), progress=console.progress)
     console.plan(planned)
     console.document(planned.document())
 
@@ -317,7 +317,7 @@ def verify(ctx: click.Context, /, directory: Path, *, against: str | None, sampl
     gemma-gguf verify out/google_gemma-3-270m-GGUF --against llama-quantize --sample 3
     """
     console = _console(ctx)
-    results = factory.verify_set(directory, progress=console.progress)
+    results = proof.verify_set(directory, progress=console.progress)
     console.verified(results)
     bad = [result for result in results if result.problem is not None]
     if bad:
@@ -328,7 +328,7 @@ def verify(ctx: click.Context, /, directory: Path, *, against: str | None, sampl
             next_step="Delete them and run `gemma-gguf run` again: only what is missing is made.",
         )
     compared = (
-        factory.prove_set(
+        proof.prove_set(
             directory,
             given["llama_cpp_spec"],
             backend=given["backend"],

@@ -17,7 +17,9 @@ from rich.table import Table
 
 from gemma_gguf.card import gigabytes
 from gemma_gguf.errors import GemmaGGUFError
-from gemma_gguf.factory import Done, Report, SetPlan, Verified
+from gemma_gguf.planning import SetPlan
+from gemma_gguf.proof import Verified
+from gemma_gguf.session import Done, Report
 
 PLAIN_WIDTH = 160  # columns of tables in a log
 PLAIN_SECONDS = 20.0  # between progress lines when nobody watches a terminal

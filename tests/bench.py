@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_gguf import factory, fanout, gguf_io, llama_cpp, plan, quantize, recipes, tasks
-from gemma_gguf.factory import Options
 from gemma_gguf.files import sha256_bytes, sha256_json, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog
+from gemma_gguf.session import Options
 from tests import checkpoints
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gemma_gguf import factory, llama_cpp
-from gemma_gguf.factory import Options, Report
 from gemma_gguf.llama_cpp import Build, RunLog
+from gemma_gguf.session import Options, Report
 from tests import checkpoints
 
 CHUNKS = 8  # of calibration text; enough for every tensor of a test model to have data

@@ -8,8 +8,8 @@ import pytest
 
 from gemma_gguf import calibration, demo, factory, gguf_io, manifest
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.factory import Options
 from gemma_gguf.llama_cpp import Build, RunLog, run_tool
+from gemma_gguf.session import Options
 
 CHUNKS = 6
 

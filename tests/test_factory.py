@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_gguf import factory, gguf_io, imatrix, manifest, recipes
+from gemma_gguf import factory, gguf_io, imatrix, manifest, planning, proof, recipes
 from gemma_gguf.errors import BadInputError, VerificationError
-from gemma_gguf.factory import Options, Report
 from gemma_gguf.files import HashMemory
+from gemma_gguf.session import Options, Report
 
 STEM = "test_tiny-vision"
 
@@ -161,7 +161,7 @@ def test_imatrix_of_another_model_is_refused(finished: Report, again: Options, t
 
 
 def test_verify_finds_what_is_wrong(copied: Path) -> None:
-    assert {result.problem for result in factory.verify_set(copied)} == {None}
+    assert {result.problem for result in proof.verify_set(copied)} == {None}
     flipped, cut, gone = (copied / f"{STEM}-{name}.gguf" for name in ("Q6_K", "Q3_K_S", "Q2_K"))
     data = bytearray(flipped.read_bytes())
     data[-100] ^= 0xFF
@@ -169,7 +169,7 @@ def test_verify_finds_what_is_wrong(copied: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-4096])
     gone.unlink()
     shutil.copy(copied / f"{STEM}-Q8_0.gguf", copied / "extra.gguf")
-    problems = {result.name: result.problem for result in factory.verify_set(copied) if result.problem}
+    problems = {result.name: result.problem for result in proof.verify_set(copied) if result.problem}
     assert set(problems) == {flipped.name, cut.name, gone.name, "extra.gguf"}
     assert "sha256" in (problems[flipped.name] or "")
     assert "past the end" in (problems[cut.name] or "")
@@ -202,7 +202,7 @@ def test_card_follows_the_manifest(copied: Path) -> None:
 def test_plan_is_exact_to_the_byte(finished: Report, again: Options, with_imatrix: bool) -> None:
     """Also before there is an imatrix: a placeholder of the final names stands in for it."""
     options = replace(again, imatrix=again.imatrix if with_imatrix else None)
-    planned = factory.plan_set(options)
+    planned = planning.plan_set(options)
     assert planned.exact
     assert planned.basis == ("base and imatrix" if with_imatrix else "base, and an imatrix to come")
     sizes = {row.recipe: row.n_bytes for row in planned.files}
@@ -219,7 +219,7 @@ def test_plan_is_exact_to_the_byte(finished: Report, again: Options, with_imatri
 
 
 def test_plan_shows_the_waves_of_a_small_budget(again: Options) -> None:
-    planned = factory.plan_set(replace(again, disk_budget=6_000_000))
+    planned = planning.plan_set(replace(again, disk_budget=6_000_000))
     assert not planned.fits
     assert len(planned.waves) > 1
     sizes = {row.recipe: row.n_bytes for row in planned.files}
@@ -228,7 +228,7 @@ def test_plan_shows_the_waves_of_a_small_budget(again: Options) -> None:
 
 
 def test_plan_before_anything_exists_is_marked_as_an_estimate(set_options: Options, tmp_path: Path) -> None:
-    planned = factory.plan_set(replace(set_options, out=tmp_path / "out"))
+    planned = planning.plan_set(replace(set_options, out=tmp_path / "out"))
     assert (planned.exact, planned.basis, planned.distinct_seconds) == (False, "the number of parameters", None)
     sizes = {row.recipe: row.n_bytes for row in planned.files}
     assert sizes["bf16"] > sizes["Q8_0"] > sizes["Q4_K_M"] > sizes["IQ2_XXS"] > 0

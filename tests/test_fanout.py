@@ -17,12 +17,12 @@ import pytest
 from distributed import LocalCluster
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import factory, fanout, gguf_io, plan, quantize, recipes
+from gemma_gguf import factory, fanout, gguf_io, plan, proof, quantize, recipes
 from gemma_gguf.errors import GemmaGGUFError, ToolFailedError
-from gemma_gguf.factory import Options, Report
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.plan import FilePlan, PlannedTensor
+from gemma_gguf.session import Options, Report
 from tests import checkpoints, gemma4
 
 STEM = "test_tiny-vision"
@@ -96,7 +96,7 @@ def test_every_recipe_of_the_demo(build: Build, tmp_path: Path) -> None:
     """All 26 quants of real Gemma weights (about ten minutes)."""
     assert build.key
     made = factory.run(Options("demo", out=tmp_path / "out"))
-    compared = factory.prove_set(made.set_dir)
+    compared = proof.prove_set(made.set_dir)
     assert sorted(compared) == sorted(set(recipes.DEFAULT_NAMES) - {"bf16"})
 
 

@@ -19,9 +19,9 @@ import pytest
 
 from gemma_gguf import factory, fanout, files, gguf_io, imatrix, llama_cpp, manifest, tasks, verify
 from gemma_gguf.errors import DiskError, GemmaGGUFError
-from gemma_gguf.factory import Options, Report
 from gemma_gguf.files import HashMemory
 from gemma_gguf.llama_cpp import Build, RunLog
+from gemma_gguf.session import Options, Report
 from tests.examples import example
 from tests.test_fanout import STEM, Job, hashes, make_job
 

@@ -16,10 +16,10 @@ from gguf.constants import GGUFValueType as V
 
 from gemma_gguf import calibration, gguf_io, imatrix
 from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
-from gemma_gguf.factory import Report
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.imatrix import Imatrix
 from gemma_gguf.llama_cpp import Build, RunLog, run_tool
+from gemma_gguf.session import Report
 
 Array = npt.NDArray[Any]
 Q, DOWN, EXPERTS = "blk.0.attn_q.weight", "blk.0.ffn_down.weight", "blk.0.ffn_gate_exps.weight"

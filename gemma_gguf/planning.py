@@ -1,0 +1,219 @@
+"""What making a set takes, before it is made: sizes, time, disk.
+
+Consumes `Options` and what exists of a set (base and imatrix, the base alone, or only the checkpoint), produces a
+`SetPlan` for people and scripts. Every number comes from llama-quantize's own dry run, or is marked as an estimate.
+"""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gemma_gguf import (
+    calibration,
+    convert,
+    fanout,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    plan,
+    quantize,
+    recipes,
+    source,
+)
+from gemma_gguf.errors import BadInputError
+from gemma_gguf.files import (
+    copy,
+    partial_path,
+)
+from gemma_gguf.plan import FilePlan
+from gemma_gguf.progress import Progress, silent
+from gemma_gguf.recipes import Recipe
+from gemma_gguf.session import (
+    WORK,
+    Options,
+    Run,
+    check_given,
+    file_name,
+    open_run,
+    room_for,
+    speeds_for,
+    wanted_recipes,
+)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One row of a plan. `cpu_seconds` is what llama-quantize would take for it, None while nothing is known."""
+
+    recipe: str
+    n_bytes: int
+    bpw: float
+    cpu_seconds: float | None
+    types: dict[str, int]
+    fallbacks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What making a set takes. `basis` says what sizes and times come from, `exact` whether sizes are to the byte.
+
+    Seconds are of CPU: `asked` as a loop over llama-quantize needs them, `distinct` as the fan-out does; `wall` is the
+    latter over the worker processes. `waves` are the groups in which the set fits the disk, or the budget.
+    """
+
+    set_dir: Path
+    basis: str
+    exact: bool
+    files: tuple[PlannedFile, ...]
+    jobs: int
+    asked_seconds: float | None
+    distinct_seconds: float | None
+    peak_bytes: int
+    budget_bytes: int
+    waves: tuple[tuple[str, ...], ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def wall_seconds(self) -> float | None:
+        return None if self.distinct_seconds is None else self.distinct_seconds / self.jobs
+
+    def document(self) -> dict[str, object]:
+        """The plan as JSON."""
+        return {**asdict(self), "fits": self.fits, "wall_seconds": self.wall_seconds}
+
+
+def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
+    """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
+    check_given(options)
+    name = source.understand(options.model, options.name)
+    jobs = fanout.workers_for(options.jobs, options.max_memory)
+    out = options.out.resolve()
+    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
+    bases = [work / convert.base_name(name.stem), set_dir / convert.base_name(name.stem)]
+    if name.origin == "hub" and options.base is None and not any(path.exists() for path in bases):
+        # Nothing is downloaded or built for an estimate.
+        offered = dict.fromkeys(quantize.KNOWN_FTYPES, "")
+        n_parameters = source.count_hub_parameters(name)
+        return _estimate(set_dir, recipes.select(options.recipes, offered), n_parameters, jobs, options.disk_budget)
+    with open_run(options, name, progress, lambda _: None) as state:
+        wanted = wanted_recipes(state)
+        base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)
+        if base is None:
+            return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options.disk_budget)
+        header = gguf_io.read_header(base)
+        real = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
+        with tempfile.TemporaryDirectory(dir=state.work) as scratch:
+            # Under its final bare name, which llama-quantize copies into a key.
+            given = Path(scratch, imatrix.file_name(state.stem))
+            if real.exists():
+                copy(real, given)
+            else:
+                text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+                imatrix.write_placeholder(given, header, text.file_name)
+            return _exact_plan(state, wanted, header, given, jobs, from_placeholder=not real.exists())
+
+
+def _exact_plan(
+    state: Run, wanted: Sequence[Recipe], header: gguf_io.Header, given: Path, jobs: int, *, from_placeholder: bool
+) -> SetPlan:
+    numbers = quantize.ftype_numbers(state.build, state.log)
+    imatrix_header = gguf_io.read_header(given)
+    plans: dict[str, FilePlan] = {}
+    outputs: list[fanout.Output] = []
+    rows: list[PlannedFile] = []
+    for done, recipe in enumerate(recipe for recipe in wanted if not recipe.is_base):
+        state.progress("planning", done, len(wanted), "recipes")
+        plans[recipe.name] = asked = quantize.plan_recipe(
+            state.build,
+            recipe,
+            str(header.path.resolve()),
+            imatrix=given.name,
+            n_tensors=len(header.tensors),
+            cwd=given.parent,
+            log=state.log,
+        )
+        keys = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
+        partial = partial_path(state.set_dir / file_name(state, recipe), state.work)
+        outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))
+    speeds = speeds_for(state, list(plans.values())) if plans else {}
+    if any(recipe.is_base for recipe in wanted):
+        rows.append(
+            PlannedFile("bf16", header.file_size, round(header.bits_per_weight, 4), 0.0, header.type_histogram(), {})
+        )
+    for output in outputs:
+        n_elements = sum(t.n_elements for t in output.plan.tensors)
+        rows.append(
+            PlannedFile(
+                recipe=output.recipe,
+                n_bytes=output.header.file_size,
+                bpw=round(8 * sum(t.n_bytes for t in output.plan.tensors) / n_elements, 4),
+                cpu_seconds=round(plan.work_of([output.plan]).seconds(speeds)[0], 1),
+                types=dict(Counter(t.target.name for t in output.plan.tensors).most_common()),
+                fallbacks=output.plan.fallbacks,
+            )
+        )
+    sizes = {output.recipe: output.header.file_size for output in outputs}
+    budget = room_for(state, outputs)
+    asked_seconds, distinct_seconds = plan.work_of(plans.values()).seconds(speeds)
+    peak = sum(sizes.values())
+    if peak <= budget:
+        groups = [list(sizes)]
+    elif max(sizes.values()) > budget:
+        groups = []  # one file alone is too large
+    else:
+        groups = plan.waves(list(plans.values()), sizes, speeds, budget)
+    return SetPlan(
+        set_dir=state.set_dir,
+        basis="base, and an imatrix to come" if from_placeholder else "base and imatrix",
+        exact=True,
+        files=tuple(rows),
+        jobs=jobs,
+        asked_seconds=round(asked_seconds, 1),
+        distinct_seconds=round(distinct_seconds, 1),
+        peak_bytes=peak,
+        budget_bytes=budget,
+        waves=tuple(map(tuple, groups)),
+    )
+
+
+def _estimate(
+    set_dir: Path, wanted: Sequence[Recipe], n_parameters: int, jobs: int, disk_budget: int | None
+) -> SetPlan:
+    """What can be said before there is a base: bits per weight of the type each recipe is named after."""
+    rows = []
+    for recipe in wanted:
+        bits = plan.nominal_bits(recipe.ftype)
+        rows.append(PlannedFile(recipe.name, int(n_parameters * bits / 8), bits, None, {}, {}))
+    existing = next(path for path in (set_dir, *set_dir.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    return SetPlan(
+        set_dir=set_dir,
+        basis="the number of parameters",
+        exact=False,
+        files=tuple(rows),
+        jobs=jobs,
+        asked_seconds=None,
+        distinct_seconds=None,
+        peak_bytes=sum(row.n_bytes for row in rows),
+        budget_bytes=free if disk_budget is None else min(free, disk_budget),
+        waves=(),
+    )
+
+
+def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> None:
+    """The whole set must fit the disk, or the budget, before any work starts."""
+    sizes = {output.recipe: output.header.file_size for output in outputs}
+    budget = room_for(state, outputs)
+    total = sum(sizes.values())
+    if total > budget:
+        fit = plan.that_fit(sizes, budget)
+        raise BadInputError(
+            f"the set needs {total:,} bytes, {budget:,} are there: {total - budget:,} are missing",
+            next_step=f"Make room, or make fewer: --recipes {','.join(fit)}" if fit else "Make room.",
+        )

@@ -1,0 +1,196 @@
+"""Proof that a set is what it says: its files against their manifest, and against llama-quantize's.
+
+Consumes a finished set, produces verdicts; raises `VerificationError` for the first file whose bytes are not those the
+reference engine makes.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_gguf import (
+    convert,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    manifest,
+    plan,
+    quantize,
+    recipes,
+    verify,
+)
+from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.files import (
+    link_or_copy,
+    locked,
+    sha256_file,
+    sha256_json,
+)
+from gemma_gguf.llama_cpp import Build, RunLog
+from gemma_gguf.manifest import FileEntry, StageRecord
+from gemma_gguf.progress import Progress, silent
+from gemma_gguf.recipes import Recipe
+from gemma_gguf.session import (
+    WORK,
+    Done,
+    Run,
+)
+
+
+def reference_argv(build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None) -> list[str]:
+    """The command line that makes a file of a set with llama-quantize, run in the set's directory.
+
+    The base lies in the work directory; it is named by a relative path, so no key tells of this machine.
+    """
+    return quantize.quantize_argv(
+        build,
+        recipe,
+        f"../{WORK}/{stem}/{convert.base_name(stem)}",
+        f"../{WORK}/{stem}/{out.name}",
+        imatrix=imatrix.file_name(stem),
+        threads=threads,
+    )
+
+
+# Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
+PROOF_FIRST = ("Q6_K", "Q4_0", "Q3_K_S", "Q6_K_L")
+
+
+def prove_run(state: Run, *, again: bool) -> None:
+    """Make one file of the fan-out once more with llama-quantize: it must be the same, byte for byte.
+
+    Done when files were made, or when an earlier run ended before its proof. After a mismatch the fan-out's files are
+    taken out of the set: none of them can be trusted.
+    """
+    made = {entry.recipe: entry for entry in state.manifest.files if entry.engine == "fanout"}
+    if not made:
+        return
+    record = state.manifest.stages.get("proof")
+    known = {entry.name: entry.sha256 for entry in made.values()}
+    if not again and record is not None and record.outputs.items() <= known.items():
+        return
+    entry = next((made[name] for name in PROOF_FIRST if name in made), min(made.values(), key=lambda e: e.n_bytes))
+    (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(state.build, state.log))
+    started = time.monotonic()
+    try:
+        _compare_with_reference(state.build, state.set_dir, entry.name, recipe, log=state.log, progress=state.progress)
+    except VerificationError:
+        for bad in made.values():
+            (state.set_dir / bad.name).unlink(missing_ok=True)
+        state.record(
+            state.manifest.model_copy(update={"files": [f for f in state.manifest.files if f.engine != "fanout"]})
+        )
+        raise
+    took = time.monotonic() - started
+    outputs = {entry.name: entry.sha256}
+    proof = StageRecord(key=sha256_json(["proof", outputs]), argv=[entry.argv], seconds=round(took, 2), outputs=outputs)
+    state.record(state.manifest.with_stage("proof", proof))
+    state.did(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
+
+
+def _compare_with_reference(
+    build: Build, set_dir: Path, name: str, recipe: Recipe, *, log: RunLog, progress: Progress
+) -> None:
+    """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file."""
+    stem = name.removesuffix(f"-{recipe.name}.gguf")
+    reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
+    argv = reference_argv(build, stem, recipe, reference, None)
+    try:
+        quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
+        verify.compare(set_dir / name, reference)
+    finally:
+        reference.unlink(missing_ok=True)
+
+
+def prove_set(
+    set_dir: Path,
+    spec: str = llama_cpp.DEFAULT_SPEC,
+    *,
+    backend: str = "cpu",
+    cmake_args: Sequence[str] = (),
+    wait: bool = False,
+    sample: int | None = None,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+) -> list[str]:
+    """Make files of a finished set once more with llama-quantize and compare them byte for byte.
+
+    `spec` and `backend` name the build the set was made with; `sample` limits the comparison to that many recipes,
+    spread over the sizes. Returns the recipes compared; raises `VerificationError` for the first file that differs.
+    """
+    set_dir = set_dir.resolve()
+    facts = manifest.load(set_dir)
+    made = sorted((e for e in facts.files if e.recipe and e.engine != "convert"), key=lambda entry: entry.n_bytes)
+    work = set_dir.parent / WORK / facts.stem
+    base = work / convert.base_name(facts.stem)
+    if not base.exists() and (row := set_dir / base.name).exists():
+        link_or_copy(row, base)
+    if not made or not base.exists():
+        raise BadInputError(
+            f"{set_dir} has no {'base' if made else 'quants'} to compare with llama-quantize's",
+            next_step="Make the set with: gemma-gguf run MODEL",
+        )
+    build = llama_cpp.build(spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=progress)
+    if (other := next((e for e in made if e.build != build.key), None)) is not None:
+        raise BadInputError(
+            f"{other.name} was not made by this build of {build.source}",
+            next_step="Name the build the set was made with: --llama-cpp, --backend.",
+        )
+    compared: list[str] = []
+    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-proof.log"
+    with locked(work, f"the set {facts.stem}", wait=wait), contextlib.closing(RunLog(log_path)) as log:
+        count = min(sample or len(made), len(made))
+        for entry in (made[i * len(made) // count] for i in range(count)):
+            begun = time.monotonic()
+            (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(build, log))
+            _compare_with_reference(build, set_dir, entry.name, recipe, log=log, progress=progress)
+            took = time.monotonic() - begun
+            say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
+            compared.append(recipe.name)
+    return compared
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The outcome for one file of a set: `problem` is None when it is what the manifest says."""
+
+    name: str
+    problem: str | None
+
+
+def verify_set(set_dir: Path, *, progress: Progress = silent) -> list[Verified]:
+    """Read every file of a set again and compare it with its manifest: sha256, layout, keys, sampled rows.
+
+    Every file is looked at, whatever is wrong with the others; a file the manifest does not name is a problem, too.
+    """
+    facts = manifest.load(set_dir)
+    results: list[Verified] = []
+    for done, entry in enumerate(facts.files):
+        progress(f"verifying {entry.name}", done, len(facts.files), "files")
+        results.append(Verified(entry.name, _problem(set_dir / entry.name, entry)))
+    named = {entry.name for entry in facts.files}
+    for path in sorted(set_dir.rglob("*.gguf")):
+        name = path.relative_to(set_dir).as_posix()
+        if name not in named:
+            results.append(Verified(name, "not in quantset.json"))
+    return results
+
+
+def _problem(path: Path, entry: FileEntry) -> str | None:
+    if not path.is_file():
+        return "missing"
+    try:
+        header = gguf_io.read_header(path)
+        verify.check_size(header)
+        verify.check_keys(header)
+        verify.check_rows(header)
+        if entry.checks is not None and plan.layout_of(header.tensors) != entry.checks.layout_sha256:
+            return "its tensors are not the recorded ones"
+    except (BadInputError, VerificationError) as error:
+        return error.what
+    # Read now, whatever is remembered: this command exists to look at the bytes.
+    if sha256_file(path) != entry.sha256:
+        return "its sha256 is not the recorded one"
+    return None

@@ -1,0 +1,341 @@
+"""One run of the factory: what was asked for, where it works, with what, and what it knows by now.
+
+Consumes `Options`, produces a `Run`: the build, the checkpoint, the lock on the set, the log and the manifest. It is
+what planning, proving and the order of the stages have in common; it runs no stage.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gemma_gguf
+from gemma_gguf import (
+    calibration,
+    convert,
+    fanout,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    manifest,
+    plan,
+    quantize,
+    recipes,
+    source,
+    tasks,
+)
+from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.files import (
+    HashMemory,
+    locked,
+    write_atomic,
+)
+from gemma_gguf.llama_cpp import Build, RunLog
+from gemma_gguf.manifest import BuildFacts, FileEntry, Manifest
+from gemma_gguf.plan import FilePlan
+from gemma_gguf.progress import Progress
+from gemma_gguf.recipes import Recipe
+
+WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for. `None` means the default that the command line's help names."""
+
+    model: str
+    name: str | None = None
+    out: Path = Path("out")
+    recipes: tuple[str, ...] = recipes.DEFAULT_NAMES
+    llama_cpp: str = llama_cpp.DEFAULT_SPEC
+    backend: str = "cpu"
+    cmake_args: tuple[str, ...] = ()
+    calibration: str = "default"
+    chunks: int | None = None
+    threads: int | None = None
+    gpu_layers: int = 0
+    imatrix: Path | None = None
+    base: Path | None = None
+    engine: str = "fanout"
+    jobs: int | None = None
+    scheduler: str | None = None  # address of a Dask scheduler
+    max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
+    disk_budget: int | None = None  # bytes
+    proof: bool = True  # make one small recipe with llama-quantize, too, and compare
+    until: str = "card"
+    rehash: bool = False
+    wait: bool = False
+    templates: Path | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """One thing a run did or found done. `why` says why it was made, or why it was not."""
+
+    stage: str
+    name: str
+    made: bool
+    why: str
+    seconds: float
+    n_bytes: int | None = None
+
+
+@dataclass
+class Report:
+    """What a run did, in order."""
+
+    set_dir: Path
+    log: Path
+    engine: str
+    done: list[Done] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """The state of one run: where it works, with what, and what it knows by now."""
+
+    options: Options
+    build: Build
+    source: source.Source
+    set_dir: Path
+    work: Path
+    log: RunLog
+    memory: HashMemory
+    report: Report
+    progress: Progress
+    say: Callable[[Done], None]
+    manifest: Manifest
+
+    @property
+    def stem(self) -> str:
+        return self.source.name.stem
+
+    @property
+    def base(self) -> Path:
+        return self.work / convert.base_name(self.stem)
+
+    def did(self, done: Done) -> None:
+        self.report.done.append(done)
+        self.say(done)
+
+    def record(self, new: Manifest) -> None:
+        self.manifest = new
+        manifest.save(new, self.set_dir)
+
+
+def check_given(options: Options) -> None:
+    """What the user names must be there, before anything is built or downloaded."""
+    for option, path in (("--base", options.base), ("--imatrix", options.imatrix)):
+        if path is not None and not path.is_file():
+            raise BadInputError(f"there is no file {path}", next_step=f"Give {option} the path of a GGUF file.")
+    if options.imatrix is None and options.until != "convert":
+        calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+    if options.scheduler is not None:
+        fanout.dask_workers(options.scheduler)  # it answers
+
+
+@contextlib.contextmanager
+def open_run(
+    options: Options, name: source.ModelName, progress: Progress, say: Callable[[Done], None]
+) -> Iterator[Run]:
+    """Build, checkpoint, lock, log and manifest: what every stage needs."""
+    started = time.monotonic()
+    build = llama_cpp.build(
+        options.llama_cpp,
+        backend=options.backend,
+        extra_cmake_args=options.cmake_args,
+        wait=options.wait,
+        progress=progress,
+    )
+    out = options.out.resolve()
+    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
+    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+    with locked(work, f"the set {name.stem}", wait=options.wait), contextlib.closing(RunLog(log_path)) as log:
+        llama_cpp.end_leftovers(log)
+        memory = HashMemory(work / "hashes.json", rehash=options.rehash)
+        found = source.fetch(name, work, memory, progress)
+        state = Run(
+            options=options,
+            build=build,
+            source=found,
+            set_dir=set_dir,
+            work=work,
+            log=log,
+            memory=memory,
+            report=Report(set_dir, log_path, options.engine),
+            progress=progress,
+            say=say,
+            manifest=_manifest(set_dir, name, build, found),
+        )
+        set_dir.mkdir(parents=True, exist_ok=True)
+        took = time.monotonic() - started
+        state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {took:.0f} s", took))
+        try:
+            yield state
+        finally:
+            memory.save()
+
+
+def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source) -> Manifest:
+    """The set's manifest with this run's facts, files and stages of earlier runs kept."""
+    facts = {
+        "tool_version": gemma_gguf.__version__,
+        "stem": name.stem,
+        "model": found.facts,
+        "llama_cpp": _build_facts(build),
+    }
+    if (set_dir / manifest.FILE_NAME).exists():
+        old = manifest.load(set_dir)
+        # A manifest never names a file that is not there.
+        return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
+    return Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
+        calibration=None,
+        imatrix=None,
+        stages={},
+        files=[],
+        evidence={},
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+def _build_facts(build: Build) -> BuildFacts:
+    # A directory's path is this machine's business; its name and hash are what others can use.
+    kind, _, place = build.source.partition(":")
+    return BuildFacts(
+        source=f"dir:{Path(place).name}" if kind == "dir" else build.source,
+        source_sha256=build.source_sha256,
+        version=build.version,
+        build_number=build.build_number,
+        commit=build.commit,
+        backend=build.backend,
+        compiler=build.compiler,
+        cmake_args=[*build.cmake_args, llama_cpp.GGML_BASE_OPTIONS],
+        key=build.key,
+    )
+
+
+def stage_is_done(state: Run, stage: str, key: str) -> str | None:
+    """None when the stage must run, else why it need not: its key and its outputs are those of the manifest."""
+    record = state.manifest.stages.get(stage)
+    if record is None or record.key != key:
+        return None
+    for name, digest in record.outputs.items():
+        path = _place(state, name)
+        if not path.is_file() or state.memory.sha256(path) != digest:
+            return None
+    return "inputs, arguments and build unchanged, outputs whole"
+
+
+def _place(state: Run, name: str) -> Path:
+    inside = name.removeprefix(f"{WORK}/")
+    return state.work / inside if inside != name else state.set_dir / name
+
+
+def why_again(state: Run, stage: str, key: str) -> str:
+    record = state.manifest.stages.get(stage)
+    if record is None:
+        return "not made yet"
+    return "inputs, arguments or build changed" if record.key != key else "an output is missing or changed"
+
+
+@contextlib.contextmanager
+def removed_when_bad(path: Path) -> Iterator[None]:
+    """A file that fails its checks is not left behind."""
+    try:
+        yield
+    except VerificationError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def probe_text(state: Run) -> Path:
+    """The held-out text as a file: what a model reads when it is checked that it loads."""
+    path = state.work / "heldout.txt"
+    if not path.exists():
+        write_atomic(path, calibration.held_out().data)
+    return path
+
+
+def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
+    return recipes.select(state.options.recipes, quantize.offered_ftypes(state.build, state.log))
+
+
+def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:
+    return quantize.plan_recipe(
+        state.build,
+        recipe,
+        f"../{WORK}/{state.stem}/{state.base.name}",
+        imatrix=imatrix.file_name(state.stem) if with_imatrix else None,
+        n_tensors=len(header.tensors),
+        cwd=state.set_dir,
+        log=state.log,
+    )
+
+
+def file_name(state: Run, recipe: Recipe) -> str:
+    return f"{state.stem}-{recipe.name}.gguf"
+
+
+def new_entry(
+    state: Run,
+    path: Path,
+    *,
+    kind: Any,
+    recipe: Recipe | None,
+    key: str,
+    argv: Sequence[str],
+    seconds: float,
+    checks: manifest.Checks | None,
+    engine: str | None = None,
+) -> FileEntry:
+    header = gguf_io.read_header(path)
+    return FileEntry(
+        name=path.name,
+        kind=kind,
+        recipe=recipe.name if recipe else None,
+        about=recipe.about if recipe else None,
+        state="local",
+        n_bytes=header.file_size,
+        sha256=state.memory.sha256(path),
+        bpw=round(header.bits_per_weight, 4) if kind == "model" else None,
+        types=header.type_histogram(),
+        fallbacks={},
+        parent=recipe.parent if recipe else None,
+        differs=[],
+        argv=[Path(argv[0]).name, *argv[1:]] if argv else [],
+        engine=engine
+        or {"model": state.options.engine, "mmproj": "convert", "imatrix": "llama-imatrix" if argv else "given"}[kind],
+        seconds=round(seconds, 2),
+        key=key,
+        checks=checks,
+        build=state.build.key,
+    )
+
+
+def speeds_for(state: Run, plans: Sequence[FilePlan]) -> dict[str, float]:
+    """Elements per second and core of every type these plans need; measured once per build and machine."""
+    path = llama_cpp.cache_dir() / "speeds" / f"{state.build.key}.json"
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    missing = sorted(set(plan.work_of(plans).distinct) - set(known))
+    if missing:
+        state.progress("measuring the quantisers' speed", 0, len(missing), "types")
+        with fanout.local_executor(1, state.work) as pool:
+            known |= pool.submit(tasks.measure_speeds, str(state.build.bin_dir), missing).result()
+        tasks.clear_slots(state.work)
+        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
+    return known
+
+
+def room_for(state: Run, outputs: Sequence[fanout.Output]) -> int:
+    """Bytes that new files may take: free space and what partial files hold already, or less if the user said so."""
+    held = sum(output.partial.stat().st_blocks * 512 for output in outputs if output.partial.exists())
+    free = shutil.disk_usage(state.work).free + held
+    return free if state.options.disk_budget is None else min(free, state.options.disk_budget)
