@@ -455,7 +455,7 @@ def _fan_out(
         bin_dir=state.build.bin_dir,
         inputs=inputs,
         phase_of=plan.phases([item.plan for item in made], speeds),
-        fsync_tasks=options.scheduler is not None,
+        shared=options.scheduler is not None,
     )
     job_path, done, skip = fanout.prepare(job, job_dir, outputs)
     if done:
@@ -479,6 +479,7 @@ def _fan_out(
         jobs=jobs,
         costs=fanout.task_costs(fanout.load_job(job_path), speeds),
         on_output=accept,
+        on_stop=lambda: llama_cpp.end_leftovers(state.log),
         progress=state.progress,
     )
     shutil.rmtree(job_dir)

@@ -5,9 +5,10 @@ hold, byte for byte, what llama-quantize of the same build writes. All shapes an
 header, size and offset is: the headers are written and the space reserved first, then tasks fill in tensor data in any
 order. A journal records finished tasks; a killed run resumes there.
 
-The journal has one line per task, written when the task's bytes are in the files, and a `sync` line after they are
-flushed to the disk. Lines up to the last `sync` hold after anything, later ones while the machine has not restarted
-since: then the page cache has kept what a killed process wrote. The boot id tells the two apart.
+The journal has one line per task, written when the task's bytes are in the files. A flush of the files runs beside
+the work: `mark N` when it begins, `sync N` when it has ended. Lines before a mark that was synced hold after anything,
+later ones while the machine has not restarted since: then the page cache has kept what a killed process wrote. The boot
+id tells the two apart.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ from gemma_gguf.progress import Progress, silent
 from gemma_gguf.tasks import TaskDone
 
 TASK_ELEMENTS = 1 << 19  # a worker holds one task: about 4 MB, and at most seconds of work are in flight
+# Machines that share files over a network keep pages of them: two that write to one page can lose each other's bytes.
+# So a worker writes only whole blocks that are all its own, flushes them, and the driver writes what lies between.
+SHARED_BLOCK = 1 << 16
+SHARED_TASK_ELEMENTS = 1 << 22  # larger tasks have fewer edges
 TASKS_AHEAD = 4  # handed to the executor per worker, so that none waits for the driver
 # Anonymous memory of one worker: interpreter, numpy, ggml's tables and the arrays of one task (measured: 45 MB).
 WORKER_BYTES = 64_000_000
@@ -113,11 +118,14 @@ def build_job(
     bin_dir: Path,
     inputs: str,
     phase_of: Mapping[str, int],
-    task_elements: int = TASK_ELEMENTS,
-    fsync_tasks: bool = False,
+    task_elements: int | None = None,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """The job file's content: where everything is read and written, and the tasks. `inputs` is a hash of what the
-    bytes depend on; a journal is used again only for a job with the same one. `phase_of` is `plan.phases`."""
+    bytes depend on; a journal is used again only for a job with the same one. `phase_of` is `plan.phases`. With
+    `shared`, workers on several machines write into the same files: see `SHARED_BLOCK`."""
+    if task_elements is None:
+        task_elements = SHARED_TASK_ELEMENTS if shared else TASK_ELEMENTS
     order = [tensor.name for tensor in outputs[0].plan.tensors]
     for output in outputs:
         if [tensor.name for tensor in output.plan.tensors] != order:
@@ -155,7 +163,7 @@ def build_job(
         "base": str(base.path),
         "imatrix": str(imatrix) if imatrix else None,
         "bin_dir": str(bin_dir),
-        "fsync": fsync_tasks,
+        "block": SHARED_BLOCK if shared else 0,
         "recipes": [output.recipe for output in outputs],
         "outputs": [str(output.partial) for output in outputs],
         "sizes": [output.header.file_size for output in outputs],
@@ -217,6 +225,7 @@ class Journal:
             return set()
         finished: set[int] = set()
         pending: set[int] = set()
+        marked: dict[str, set[int]] = {}
         boot = ""
         for line in lines[1:]:
             word, _, rest = line.partition(" ")
@@ -224,6 +233,7 @@ class Journal:
                 # What an earlier boot wrote and did not flush may be lost.
                 if boot and rest != boot:
                     pending.clear()
+                marked.clear()  # a flush that began in an earlier process ended with it
                 boot = rest
             elif word == "done" and rest.isdecimal():
                 pending.add(int(rest))
@@ -232,9 +242,12 @@ class Journal:
                 finished.discard(int(rest))
             elif word == "lost":
                 pending.clear()
+                marked.clear()
+            elif word == "mark":
+                marked[rest] = set(pending)
             elif word == "sync":
-                finished |= pending
-                pending.clear()
+                finished |= marked.get(rest, set()) & pending
+                pending -= finished
         return finished | pending if boot == boot_id() else finished
 
     def begin(self, *, fresh: bool) -> None:
@@ -252,8 +265,20 @@ class Journal:
     def add(self, index: int) -> None:
         append_line(self._path, f"done {index}")
 
-    def sync(self, outputs: Sequence[Path]) -> None:
+    def mark(self) -> str:
+        """What is done by now is what the flush that begins here will hold; its name, for `sync`."""
+        name = uuid.uuid4().hex[:8]
+        append_line(self._path, f"mark {name}")
+        return name
+
+    def sync(self, mark: str, outputs: Sequence[Path]) -> None:
         """Flush the outputs, then say so durably. What a failed flush may have lost does not count as done."""
+        self.flush(outputs)
+        append_line(self._path, f"sync {mark}")
+        fsync(self._path)
+
+    def flush(self, outputs: Sequence[Path]) -> None:
+        """Flush those outputs that still have their partial name."""
         try:
             for path in outputs:
                 if path.exists():
@@ -261,8 +286,6 @@ class Journal:
         except DiskError:
             self.lost()
             raise
-        append_line(self._path, "sync")
-        fsync(self._path)
 
     def lost(self) -> None:
         """The system reports a failed flush once and may drop the pages: tasks since the last `sync` are open again."""
@@ -338,7 +361,7 @@ def _reserve(output: Output) -> None:
 
 def _continues(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether `old` reads and writes in the places of `new`, and includes all of its outputs."""
-    same = all(old.get(field) == new[field] for field in ("inputs", "base", "imatrix", "bin_dir", "fsync"))
+    same = all(old.get(field) == new[field] for field in ("inputs", "base", "imatrix", "bin_dir", "block"))
     return same and set(zip(new["recipes"], new["outputs"], strict=True)) <= set(
         zip(old["recipes"], old["outputs"], strict=True)
     )
@@ -431,38 +454,52 @@ def run(
     jobs: int,
     costs: Sequence[float],
     on_output: Callable[[str], None],
+    on_stop: Callable[[], object] = lambda: None,
     progress: Progress = silent,
 ) -> Figures:
     """Do the tasks of a job that are not done; `on_output` is called with each recipe whose bytes are all there.
 
-    Raises `ToolFailedError` naming tensor and type when ggml aborts in a worker; what was finished stays. A worker
-    that is killed from outside is replaced, and its task done again.
+    It is called in a thread of its own, one output at a time, while the workers go on; `on_stop` is called when the
+    run ends early, so that it can end what `on_output` waits for. Raises `ToolFailedError` naming tensor and type when
+    ggml aborts in a worker; what was finished stays. A worker that is killed from outside is replaced, and its task
+    done again.
     """
     job = load_job(job_path)
     identity = sha256_bytes(job_path.read_bytes())
-    state = _State(job_path, job, done, skip, costs=costs, on_output=on_output, progress=progress)
-    state.finish_outputs()
-    for restarts in range(RESTARTS + 1):
+    with ThreadPoolExecutor(1, thread_name_prefix="finish") as finisher:
+        state = _State(job_path, job, done, skip, finisher, costs=costs, on_output=on_output, progress=progress)
         try:
-            with executor() as pool:
-                state.drain(pool, identity, jobs * TASKS_AHEAD)
-            break
-        except BrokenProcessPool as error:
-            crashed = tasks.clear_slots(job_path.parent)
-            if crashed or restarts == RESTARTS:
-                at = f" at {crashed[0]}" if crashed else ", again and again: is there enough memory?"
-                raise ToolFailedError(
-                    f"a worker process died{at}",
-                    next_step="Finished work is kept. Leave that recipe out, or lower --jobs, and run again.",
-                ) from error
-    state.journal.sync([Path(path) for path in job["outputs"]])
+            state.finish_outputs()
+            for restarts in range(RESTARTS + 1):
+                try:
+                    with executor() as pool:
+                        state.drain(pool, identity, jobs * TASKS_AHEAD)
+                    break
+                except BrokenProcessPool as error:
+                    crashed = tasks.clear_slots(job_path.parent)
+                    if crashed or restarts == RESTARTS:
+                        at = f" at {crashed[0]}" if crashed else ", again and again: is there enough memory?"
+                        raise ToolFailedError(
+                            f"a worker process died{at}",
+                            next_step="Finished work is kept. Leave that recipe out, or lower --jobs, and run again.",
+                        ) from error
+            state.sync()
+            state.wait_for_finished()
+        except BaseException:
+            finisher.shutdown(wait=False, cancel_futures=True)
+            on_stop()
+            raise
     tasks.clear_slots(job_path.parent)
     state.figures.wall_seconds = time.monotonic() - state.started
     return state.figures
 
 
 class _State:
-    """The driver's view of a job: what is done, what each output still lacks, how far the whole is."""
+    """The driver's view of a job: what is done, what each output still lacks, how far the whole is.
+
+    Flushing and handing over run in the one thread of `finisher`, in the order they are asked for, so that a flush
+    never meets a file that is being renamed, and workers never wait for either.
+    """
 
     def __init__(
         self,
@@ -470,6 +507,7 @@ class _State:
         job: dict[str, Any],
         done: set[int],
         skip: set[int],
+        finisher: Executor,
         *,
         costs: Sequence[float],
         on_output: Callable[[str], None],
@@ -477,7 +515,9 @@ class _State:
     ) -> None:
         self.journal = Journal(job_path)
         self.job_path, self.job, self.skip, self.costs = job_path, job, frozenset(skip), costs
-        self.on_output, self.progress = on_output, progress
+        self.on_output, self.progress, self.finisher = on_output, progress, finisher
+        self.finishing: list[Future[None]] = []
+        self.flushing: Future[None] | None = None
         self.open = {index: None for index in range(len(job["tasks"])) if index not in done}
         self.unfinished = set(range(len(job["outputs"]))) - skip
         # An output is whole when every task of every phase that writes to it is done.
@@ -493,13 +533,26 @@ class _State:
         """Hand over every output that no open task writes to."""
         whole = [i for i in sorted(self.unfinished) if not any(self.open_in_phase[p] for p in self.phases_of[i])]
         for index in whole:
-            try:
-                fsync(Path(self.job["outputs"][index]))
-            except DiskError:
-                self.journal.lost()
-                raise
-            self.on_output(self.job["recipes"][index])
             self.unfinished.remove(index)
+            self.finishing.append(self.finisher.submit(self._finish, index))
+
+    def _finish(self, index: int) -> None:
+        self.journal.flush([Path(self.job["outputs"][index])])
+        self.on_output(self.job["recipes"][index])
+
+    def sync(self) -> None:
+        """Flush what the workers wrote, beside their work. Outputs that have their final name were flushed before."""
+        mark, outputs = self.journal.mark(), [Path(path) for path in self.job["outputs"]]
+        self.flushing = self.finisher.submit(self.journal.sync, mark, outputs)
+        self.finishing.append(self.flushing)
+        self.synced = time.monotonic()
+
+    def wait_for_finished(self, timeout: float | None = None) -> None:
+        """Raise what went wrong in the finishing thread; without a timeout, wait for all of it."""
+        ended = wait(self.finishing, timeout=timeout).done
+        self.finishing = [future for future in self.finishing if future not in ended]
+        for future in ended:
+            future.result()
 
     def drain(self, pool: Executor, identity: str, window: int) -> None:
         running: dict[Future[TaskDone], int] = {}
@@ -514,12 +567,15 @@ class _State:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._record(future.result(), running.pop(future))
+                self.wait_for_finished(timeout=0)
         except GemmaGGUFError:
             for future in running:
                 future.cancel()
             raise
 
     def _record(self, result: TaskDone, index: int) -> None:
+        for output, offset, edge in result.edges:
+            write_at(Path(self.job["outputs"][output]), edge, offset)
         self.journal.add(index)
         self.open.pop(index)
         phase = self.job["tasks"][index]["phase"]
@@ -534,8 +590,7 @@ class _State:
         now = time.monotonic()
         figures.history.append((self.done_cost / self.total, now - self.started))
         self.progress("quantising", self.done_cost, self.total, "s of work")
-        if now - self.synced > SYNC_SECONDS:
-            self.journal.sync([Path(self.job["outputs"][i]) for i in self.unfinished])
-            self.synced = time.monotonic()
+        if now - self.synced > SYNC_SECONDS and (self.flushing is None or self.flushing.done()):
+            self.sync()
         if not self.open_in_phase[phase]:
             self.finish_outputs()

@@ -31,13 +31,17 @@ from gemma_gguf.libggml import Ggml
 
 @dataclass(frozen=True)
 class TaskDone:
-    """Figures of one finished task: seconds of CPU in all and inside ggml's quantise functions, bytes moved."""
+    """Figures of one finished task: seconds of CPU in all and inside ggml's quantise functions, bytes moved.
+
+    `edges` are what it left to the driver: (output, offset, bytes) of blocks that it shares with other tasks.
+    """
 
     index: int
     cpu_seconds: float
     quantize_seconds: float
     read_bytes: int
     written_bytes: int
+    edges: tuple[tuple[int, int, bytes], ...]
 
 
 class _Context:
@@ -111,6 +115,8 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
     started = time.thread_time()
     context = _context(job_path, identity)
     in_quantize, n_read, n_written = 0.0, 0, 0
+    block: int = context.job["block"]
+    edges: list[tuple[int, int, bytes]] = []
     touched: set[int] = set()
     for tensor_index, first_row, n_rows in task["pieces"]:
         tensor = context.job["tensors"][tensor_index]
@@ -136,14 +142,30 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
                 in_quantize += time.thread_time() - begun
             for output, place in places:
                 offset = place + first_row * target["row_bytes"]
-                pwrite_all(context.output(output), made.data, offset, Path(context.job["outputs"][output]))
+                first, end = own_blocks(offset, made.size, block)
+                edges += [
+                    (output, offset + at, made[at:to].tobytes()) for at, to in ((0, first), (end, made.size)) if at < to
+                ]
+                inner = made[first:end].data
+                pwrite_all(context.output(output), inner, offset + first, Path(context.job["outputs"][output]))
                 n_written += made.size
                 touched.add(output)
-    if context.job["fsync"]:
+    if block:
         for output in touched:
             files.system.fsync(context.output(output))
     context.busy_with("")
-    return TaskDone(index, time.thread_time() - started, in_quantize, n_read, n_written)
+    return TaskDone(index, time.thread_time() - started, in_quantize, n_read, n_written, tuple(edges))
+
+
+def own_blocks(offset: int, n_bytes: int, block: int) -> tuple[int, int]:
+    """(first, end), counted from `offset`: the part of `n_bytes` bytes there that fills whole blocks of `block` bytes.
+
+    Without a block size it is all of them. Bytes that fill no block give (n_bytes, n_bytes).
+    """
+    if not block:
+        return 0, n_bytes
+    first = min(-offset % block, n_bytes)
+    return first, max(first, n_bytes - (offset + n_bytes) % block)
 
 
 def _quantize(

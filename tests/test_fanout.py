@@ -8,18 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed import LocalCluster
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import factory, fanout, gguf_io, plan, proof, quantize, recipes
-from gemma_gguf.errors import GemmaGGUFError, ToolFailedError
-from gemma_gguf.files import sha256_bytes
+from gemma_gguf import factory, fanout, gguf_io, plan, proof, quantize, recipes, tasks
+from gemma_gguf.errors import GemmaGGUFError, ToolFailedError, VerificationError
+from gemma_gguf.files import sha256_bytes, write_at
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.plan import FilePlan, PlannedTensor
 from gemma_gguf.session import Options, Report
@@ -257,11 +259,21 @@ def test_job_in_another_place_is_not_continued(job: Job, tmp_path: Path) -> None
     ("lines", "expected"),
     [
         pytest.param(["boot HERE", "done 1", "lost", "done 2"], {2}, id="failed-flush"),
-        pytest.param(["boot HERE", "done 1", "done 2", "sync", "open 1"], {2}, id="file-gone"),
-        pytest.param(["boot old", "done 12", "", "boot HERE", "done 3", "sync"], {3}, id="cut-line-then-boot"),
+        pytest.param(["boot HERE", "done 1", "done 2", "mark a", "sync a", "open 1"], {2}, id="file-gone"),
+        pytest.param(
+            ["boot old", "done 12", "", "boot HERE", "done 3", "mark a", "sync a"], {3}, id="cut-line-then-boot"
+        ),
         pytest.param(["boot HERE", "done 1", "done 2"], {1, 2}, id="same-boot-needs-no-sync"),
-        pytest.param(["boot old", "done 1", "sync", "done 2"], {1}, id="other-boot-trusts-synced-lines"),
-        pytest.param(["boot old", "done 1", "sync", "done 2", "boot HERE", "done 3"], {1, 3}, id="restart-between"),
+        pytest.param(["boot old", "done 1", "mark a", "sync a", "done 2"], {1}, id="other-boot-trusts-synced-lines"),
+        pytest.param(
+            ["boot old", "done 1", "mark a", "sync a", "done 2", "boot HERE", "done 3"], {1, 3}, id="restart-between"
+        ),
+        pytest.param(["boot old", "done 1", "mark a", "done 2", "sync a"], {1}, id="done-while-flushing"),
+        pytest.param(
+            ["boot old", "done 1", "mark a", "done 2", "mark b", "sync a", "sync b"], {1, 2}, id="two-flushes"
+        ),
+        pytest.param(["boot old", "done 1", "mark a", "lost", "sync a"], set(), id="lost-while-flushing"),
+        pytest.param(["boot old", "done 1", "mark a", "boot old", "sync a"], set(), id="flush-of-a-dead-process"),
         pytest.param(["boot HERE", "done 1", "done 22222"], {1, 22222}, id="all-lines-whole"),
         pytest.param([], set(), id="empty"),
     ],
@@ -299,7 +311,7 @@ def test_full_disk_is_said_before_work_and_leaves_nothing(job: Job, tmp_path: Pa
 
 def test_dask_cluster_that_loses_a_worker(job: Job) -> None:
     """Two worker processes, one killed after the first finished tasks: the other does its work, too."""
-    content = {**job.content, "fsync": True}
+    content = {**job.content, "block": 4096}
     path, done, skip = fanout.prepare(content, job.dir, job.outputs)
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         pids = [worker.pid for worker in cluster.workers.values()]
@@ -323,6 +335,102 @@ def test_dask_cluster_that_loses_a_worker(job: Job) -> None:
         )
     assert killed
     assert figures.tasks == len(content["tasks"])
+    assert job.hashes() == job.expected
+
+
+@pytest.mark.parametrize(
+    ("offset", "n_bytes", "expected"),
+    [
+        pytest.param(0, 8192, (0, 8192), id="aligned"),
+        pytest.param(100, 8192, (3996, 8092), id="both-ends"),
+        pytest.param(100, 3996, (3996, 3996), id="ends-where-a-block-begins"),
+        pytest.param(100, 500, (500, 500), id="inside-one-block"),
+        pytest.param(4000, 500, (96, 96), id="across-an-edge"),
+        pytest.param(4096, 4095, (0, 0), id="one-byte-short"),
+    ],
+)
+def test_blocks_that_are_a_workers_own(offset: int, n_bytes: int, expected: tuple[int, int]) -> None:
+    assert tasks.own_blocks(offset, n_bytes, 4096) == expected
+    assert tasks.own_blocks(offset, n_bytes, 0) == (0, n_bytes)
+
+
+def test_worker_of_a_shared_job_writes_only_blocks_of_its_own(job: Job) -> None:
+    """Two machines never write to one block: what a worker leaves for the driver is in `edges`."""
+    path, _, _ = fanout.prepare({**job.content, "block": 4096}, job.dir, job.outputs)
+    before = [output.partial.read_bytes() for output in job.outputs]
+    loaded = fanout.load_job(path)
+    task = next(task for task in loaded["tasks"] if any(rows > 50 for _, _, rows in task["pieces"]))
+    done = tasks.run_task(str(path), "shared", 0, task, frozenset())
+    assert done.edges
+    for index, output in enumerate(job.outputs):
+        after = np.frombuffer(output.partial.read_bytes(), dtype=np.uint8)
+        changed = set((np.flatnonzero(after != np.frombuffer(before[index], dtype=np.uint8)) // 4096).tolist())
+        given = {block for i, at, edge in done.edges if i == index for block in _blocks(at, len(edge))}
+        assert not changed & given
+    for index, at, edge in done.edges:
+        assert len(edge) < 2 * 4096
+        write_at(job.outputs[index].partial, edge, at)
+    whole = [output.partial.read_bytes() for output in job.outputs]
+    for output in job.outputs:
+        output.partial.unlink()
+    fresh, _, _ = fanout.prepare({**job.content, "inputs": "alone"}, job.dir, job.outputs)
+    tasks.run_task(str(fresh), "alone", 0, task, frozenset())
+    assert whole == [output.partial.read_bytes() for output in job.outputs]
+
+
+def _blocks(at: int, n_bytes: int) -> range:
+    return range(at // 4096, (at + n_bytes - 1) // 4096 + 1)
+
+
+def test_workers_go_on_while_a_file_is_finished(job: Job) -> None:
+    """Checking a whole file takes its time; the workers get their tasks meanwhile."""
+    first, more = threading.Event(), threading.Event()
+
+    def slow(recipe: str) -> None:
+        if not first.is_set():
+            first.set()
+            assert more.wait(60), recipe
+
+    def count(label: str, done: float, total: float, unit: str = "") -> None:
+        if first.is_set() and done > len(job.content["tasks"]) / 2:
+            more.set()
+
+    path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
+    fanout.run(
+        path,
+        done,
+        skip,
+        executor=lambda: fanout.local_executor(2, job.dir),
+        jobs=2,
+        costs=[1.0] * len(job.content["tasks"]),
+        on_output=slow,
+        progress=count,
+    )
+    assert more.is_set()
+    assert job.hashes() == job.expected
+
+
+def test_file_that_fails_its_checks_ends_the_run(job: Job) -> None:
+    """An error of the finishing thread is the run's, what it waits for is ended, and finished work is kept."""
+    stopped: list[bool] = []
+
+    def bad(recipe: str) -> None:
+        raise VerificationError(f"{recipe} is bad")
+
+    path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
+    with pytest.raises(VerificationError, match="Q8_0 is bad"):
+        fanout.run(
+            path,
+            done,
+            skip,
+            executor=lambda: fanout.local_executor(2, job.dir),
+            jobs=2,
+            costs=[1.0] * len(job.content["tasks"]),
+            on_output=bad,
+            on_stop=lambda: stopped.append(True),
+        )
+    assert stopped == [True]
+    assert run_job(job).resumed_tasks > 0
     assert job.hashes() == job.expected
 
 
