@@ -4,6 +4,7 @@ Consumes values of the stages, produces text for people on stderr and, with `--j
 """
 
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -37,14 +38,23 @@ class Console:
         self._task: Any = None
         self._label = ""
         self._said_at = 0.0
+        self._began: tuple[str, float, float] = ("", 0.0, 0.0)  # label, when, how much was done by then
+        self._lock = threading.RLock()  # files are finished in a thread of their own
 
     def progress(self, label: str, done: float, total: float, unit: str = "") -> None:
-        """One bar at a time on a terminal; elsewhere a plain line now and then."""
+        """One bar at a time on a terminal; elsewhere a plain line now and then. Both say how much time is left."""
+        with self._lock:
+            self._progress(label, done, total, unit)
+
+    def _progress(self, label: str, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        if label != self._began[0]:
+            self._began = (label, now, done)
+        left = time_left(now - self._began[1], done - self._began[2], total - done)
         if not self._err.is_terminal:
-            now = time.monotonic()
             if label != self._label or now - self._said_at > PLAIN_SECONDS:
                 self._label, self._said_at = label, now
-                self._err.print(escape(f"  {label}: {done:.0f}/{total:.0f} {unit}"))
+                self._err.print(escape(f"  {label}: {done:.0f}/{total:.0f} {unit}{f', {left}' if left else ''}"))
             return
         if self._bar is None or label != self._label:
             self._end_bar()
@@ -53,13 +63,13 @@ class Console:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(escape(unit)),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
             )
             self._bar = RichProgress(*columns, console=self._err, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(escape(label), total=total)
+            self._task = self._bar.add_task(escape(label), total=total, left="")
             self._label = label
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total, left=left)
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -69,6 +79,10 @@ class Console:
 
     def did(self, done: Done) -> None:
         """A line for something made or skipped."""
+        with self._lock:
+            self._did(done)
+
+    def _did(self, done: Done) -> None:
         self._end_bar()
         size = f"  {gigabytes(done.n_bytes)}" if done.n_bytes is not None else ""
         if done.stage == "proof":
@@ -165,6 +179,16 @@ class Console:
         """The one JSON document on stdout, when it was asked for."""
         if self.as_json:
             print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def time_left(elapsed: float, done: float, left: float) -> str:
+    """What is left at the pace so far, `about 3 min left`; nothing in the first five seconds, nor at the end."""
+    if elapsed < 5 or done <= 0 or left <= 0:
+        return ""
+    seconds = elapsed * left / done
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
 
 def shown_path(path: Path) -> str:

@@ -62,11 +62,19 @@ from gemma_gguf.session import (
 )
 
 
-def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], None] = lambda _: None) -> Report:
+def run(
+    options: Options,
+    *,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+    take_away: Callable[[Path], None] | None = None,
+) -> Report:
     """Make a quant set, or what is missing of it, up to the stage `options.until`.
 
-    `say` is called with everything that was done or skipped, as it happens. Raises `GemmaGGUFError` subclasses; what
-    was finished by then stays, and the same call goes on from there.
+    `say` is called with everything that was done or skipped, as it happens. With `take_away`, a set that does not fit
+    the disk or the budget is made in waves: it is called with every finished quant, and moves it elsewhere.
+
+    Raises `GemmaGGUFError` subclasses; what was finished by then stays, and the same call goes on from there.
     """
     started = time.monotonic()
     check_given(options)
@@ -78,7 +86,7 @@ def run(options: Options, *, progress: Progress = silent, say: Callable[[Done], 
     recipes.select(
         options.recipes, dict.fromkeys([*quantize.KNOWN_FTYPES, *(r.ftype for r in recipes.TABLE.values())], "")
     )
-    with open_run(options, name, progress, say) as state:
+    with open_run(options, name, progress, say, take_away) as state:
         for stage, function in stages.items():
             function(state)
             if stage == options.until:
@@ -336,14 +344,10 @@ def _quantize(state: Run) -> None:
         if recipe.is_base:
             _link_base_row(state, recipe, key, reason)
     made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
-    if made and state.options.engine == "fanout":
-        inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
-        _fan_out(state, header, made, inputs, speeds_for(state, [item.plan for item in made]))
-    else:
-        for item in made:
-            _loop_once(state, item)
-    if state.options.proof:
-        proof.prove_run(state, again=bool(made))
+    if made:
+        _make(state, header, made, sha256_json([base_sha, imatrix_sha, state.build.key]))
+    elif state.options.proof:
+        proof.prove_run(state, again=False)
 
 
 def _quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
@@ -381,6 +385,38 @@ class _Todo:
     @property
     def plan(self) -> FilePlan:
         return self.plans[self.recipe.name]
+
+
+def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str) -> None:
+    """All quants, at once or in the waves in which someone takes them away."""
+    imatrix_path = state.set_dir / imatrix.file_name(state.stem)
+    numbers = quantize.ftype_numbers(state.build, state.log)
+    imatrix_header = gguf_io.read_header(imatrix_path)
+    outputs: dict[str, fanout.Output] = {}
+    for item in made:
+        name = item.recipe.name
+        keys = fanout.quantize_keys(numbers[item.recipe.ftype], imatrix_path.name, imatrix_header)
+        partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
+        outputs[name] = fanout.Output(name, partial, fanout.new_header(header, item.plan, keys), item.plan)
+    speeds = speeds_for(state, [item.plan for item in made])
+    if state.take_away is None:
+        planning.refuse_what_does_not_fit(state, list(outputs.values()))
+        waves = [list(outputs)]
+    else:
+        waves = planning.waves_for(state, list(outputs.values()), speeds)
+    to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
+    for wave in waves:
+        items = [item for item in made if item.recipe.name in wave]
+        if state.options.engine == "fanout":
+            _fan_out(state, header, items, [outputs[item.recipe.name] for item in items], inputs=inputs, speeds=speeds)
+        else:
+            for item in items:
+                _loop_once(state, item)
+        if state.options.proof and to_prove in wave:
+            proof.prove_run(state, again=True)
+        if state.take_away is not None:
+            for item in items:
+                state.take_away(state.set_dir / file_name(state, item.recipe))
 
 
 def _link_base_row(state: Run, recipe: Recipe, key: str, why: str) -> None:
@@ -429,20 +465,17 @@ def _accept(state: Run, item: _Todo, partial: Path, argv: Sequence[str], seconds
 
 
 def _fan_out(
-    state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str, speeds: Mapping[str, float]
+    state: Run,
+    header: gguf_io.Header,
+    made: Sequence[_Todo],
+    outputs: Sequence[fanout.Output],
+    *,
+    inputs: str,
+    speeds: Mapping[str, float],
 ) -> None:
-    """Make all files at once; each is verified and named as soon as its bytes are whole."""
+    """Make files together; each is verified and named as soon as its bytes are whole."""
     started = time.monotonic()
     options = state.options
-    imatrix_path = state.set_dir / imatrix.file_name(state.stem)
-    numbers = quantize.ftype_numbers(state.build, state.log)
-    imatrix_header = gguf_io.read_header(imatrix_path)
-    outputs = []
-    for item in made:
-        keys = fanout.quantize_keys(numbers[item.recipe.ftype], imatrix_path.name, imatrix_header)
-        partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
-        outputs.append(fanout.Output(item.recipe.name, partial, fanout.new_header(header, item.plan, keys), item.plan))
-    planning.refuse_what_does_not_fit(state, outputs)
     job_dir = state.work / "fanout"
     if options.scheduler is None:
         jobs = fanout.workers_for(options.jobs, options.max_memory)
@@ -451,7 +484,7 @@ def _fan_out(
     job = fanout.build_job(
         header,
         outputs,
-        imatrix=imatrix_path,
+        imatrix=state.set_dir / imatrix.file_name(state.stem),
         bin_dir=state.build.bin_dir,
         inputs=inputs,
         phase_of=plan.phases([item.plan for item in made], speeds),

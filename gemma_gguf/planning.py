@@ -7,7 +7,7 @@ Consumes `Options` and what exists of a set (base and imatrix, the base alone, o
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,13 +161,11 @@ def _exact_plan(
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
     asked_seconds, distinct_seconds = plan.work_of(plans.values()).seconds(speeds)
-    peak = sum(sizes.values())
-    if peak <= budget:
-        groups = [list(sizes)]
-    elif max(sizes.values()) > budget:
+    peak = peak_bytes(sizes, proof=state.options.proof)
+    try:
+        groups = waves_for(state, outputs, speeds)
+    except BadInputError:
         groups = []  # one file alone is too large
-    else:
-        groups = plan.waves(list(plans.values()), sizes, speeds, budget)
     return SetPlan(
         set_dir=state.set_dir,
         basis="base, and an imatrix to come" if from_placeholder else "base and imatrix",
@@ -206,13 +204,32 @@ def _estimate(
     )
 
 
+def peak_bytes(sizes: Mapping[str, int], *, proof: bool) -> int:
+    """Bytes of new files while a set is made: all of them, and the one that is made twice to prove the rest."""
+    return sum(sizes.values()) + (sizes[recipes.for_proof(sizes)] if proof and sizes else 0)
+
+
+def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str, float]) -> list[list[str]]:
+    """The recipes in groups that fit the disk, or the budget, each beside the file that is made twice for the proof.
+
+    Raises `BadInputError` when a single file does not fit.
+    """
+    sizes = {output.recipe: output.header.file_size for output in outputs}
+    budget = room_for(state, outputs)
+    if peak_bytes(sizes, proof=state.options.proof) <= budget:
+        return [list(sizes)]
+    spare = sizes[recipes.for_proof(sizes)] if state.options.proof else 0
+    return plan.waves([output.plan for output in outputs], sizes, speeds, budget - spare)
+
+
 def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> None:
     """The whole set must fit the disk, or the budget, before any work starts."""
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
-    total = sum(sizes.values())
+    total = peak_bytes(sizes, proof=state.options.proof)
     if total > budget:
-        fit = plan.that_fit(sizes, budget)
+        spare = sizes[recipes.for_proof(sizes)] if state.options.proof else 0
+        fit = plan.that_fit(sizes, budget - spare)
         raise BadInputError(
             f"the set needs {total:,} bytes, {budget:,} are there: {total - budget:,} are missing",
             next_step=f"Make room, or make fewer: --recipes {','.join(fit)}" if fit else "Make room.",

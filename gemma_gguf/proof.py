@@ -54,24 +54,24 @@ def reference_argv(build: Build, stem: str, recipe: Recipe, out: Path, threads: 
     )
 
 
-# Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
-PROOF_FIRST = ("Q6_K", "Q4_0", "Q3_K_S", "Q6_K_L")
-
-
 def prove_run(state: Run, *, again: bool) -> None:
     """Make one file of the fan-out once more with llama-quantize: it must be the same, byte for byte.
 
     Done when files were made, or when an earlier run ended before its proof. After a mismatch the fan-out's files are
     taken out of the set: none of them can be trusted.
     """
-    made = {entry.recipe: entry for entry in state.manifest.files if entry.engine == "fanout"}
+    made = {
+        str(entry.recipe): entry
+        for entry in state.manifest.files
+        if entry.engine == "fanout" and (state.set_dir / entry.name).is_file()
+    }
     if not made:
         return
     record = state.manifest.stages.get("proof")
     known = {entry.name: entry.sha256 for entry in made.values()}
     if not again and record is not None and record.outputs.items() <= known.items():
         return
-    entry = next((made[name] for name in PROOF_FIRST if name in made), min(made.values(), key=lambda e: e.n_bytes))
+    entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
     (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(state.build, state.log))
     started = time.monotonic()
     try:

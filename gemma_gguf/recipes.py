@@ -81,6 +81,13 @@ TABLE: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (*DEFAULT, *ON_
 DEFAULT_NAMES = tuple(recipe.name for recipe in DEFAULT)
 # Of these a file is no quant of a BF16 base, or another name for a row.
 NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
+# Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
+PROOF_FIRST = ("Q6_K", "Q4_0", "Q3_K_S", "Q6_K_L")
+
+
+def for_proof(sizes: Mapping[str, int]) -> str:
+    """Which of these recipes is made once more by llama-quantize to prove a run; `sizes` are bytes of their files."""
+    return next((name for name in PROOF_FIRST if name in sizes), min(sizes, key=lambda name: sizes[name]))
 
 
 def parse_quantize_help(text: str) -> dict[str, str]:

@@ -109,6 +109,7 @@ class Run:
     report: Report
     progress: Progress
     say: Callable[[Done], None]
+    take_away: Callable[[Path], None] | None
     manifest: Manifest
 
     @property
@@ -141,7 +142,11 @@ def check_given(options: Options) -> None:
 
 @contextlib.contextmanager
 def open_run(
-    options: Options, name: source.ModelName, progress: Progress, say: Callable[[Done], None]
+    options: Options,
+    name: source.ModelName,
+    progress: Progress,
+    say: Callable[[Done], None],
+    take_away: Callable[[Path], None] | None = None,
 ) -> Iterator[Run]:
     """Build, checkpoint, lock, log and manifest: what every stage needs."""
     started = time.monotonic()
@@ -170,6 +175,7 @@ def open_run(
             report=Report(set_dir, log_path, options.engine),
             progress=progress,
             say=say,
+            take_away=take_away,
             manifest=_manifest(set_dir, name, build, found),
         )
         set_dir.mkdir(parents=True, exist_ok=True)

@@ -177,11 +177,36 @@ def test_verify_finds_what_is_wrong(copied: Path) -> None:
     assert problems["extra.gguf"] == "not in quantset.json"
 
 
-def test_disk_budget_is_refused_before_work_with_what_would_fit(again: Options) -> None:
+@pytest.mark.parametrize("engine", ["fanout", "llama-quantize"])
+def test_disk_budget_is_refused_before_work_with_what_would_fit(again: Options, engine: str) -> None:
     with pytest.raises(BadInputError, match="are missing") as caught:
-        factory.run(replace(again, disk_budget=4_000_000))
+        factory.run(replace(again, disk_budget=4_000_000, engine=engine))
     assert "--recipes IQ2_XXS,IQ2_XS" in (caught.value.next_step or "")
     assert not list((again.out / ".work" / STEM).glob("*Q4_K_M.partial*"))
+
+
+def test_set_larger_than_the_disk_is_made_in_waves(finished: Report, again: Options, tmp_path: Path) -> None:
+    """Whoever takes finished files away gets the same bytes, and never more than the budget lies on the disk."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    set_dir, work = again.out / f"{STEM}-GGUF", again.out / ".work" / STEM
+    most = 0
+
+    def take_away(path: Path) -> None:
+        nonlocal most
+        new = [*set_dir.glob(f"{STEM}-[QI]*.gguf"), *work.glob("*.partial.gguf")]
+        most = max(most, sum(file.stat().st_size for file in new))
+        path.rename(elsewhere / path.name)
+
+    names = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+    options = replace(again, recipes=names, disk_budget=5_500_000, proof=True, until="quantize")
+    report = factory.run(options, take_away=take_away)
+    assert 0 < most <= 5_500_000
+    assert [done.stage for done in report.done].count("proof") == 1
+    for name in names:
+        file = f"{STEM}-{name}.gguf"
+        assert (elsewhere / file).read_bytes() == (finished.set_dir / file).read_bytes(), name
+    assert most < sum(path.stat().st_size for path in elsewhere.iterdir())
 
 
 def test_card_follows_the_manifest(copied: Path) -> None:
