@@ -88,6 +88,8 @@ COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS")
 # What of llama.cpp's source a finished build keeps: the converter and what it imports.
 KEPT_SOURCES = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 TAIL_LINES = 15
+# What a confined process gets of the environment: what Python itself may need to start, and the time zone.
+CONFINED_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 
 # --- running tools -----------------------------------------------------------------------------------------------
@@ -196,6 +198,41 @@ def run_tool(
         last = "\n".join(output.strip().splitlines()[-TAIL_LINES:])
         raise ToolFailedError(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
     return ToolRun(words, output, seconds)
+
+
+def ask_confined(
+    module: str, arguments: Sequence[str], request: str, *, wait_seconds: float
+) -> tuple[int | None, bytes]:
+    """Run a module of this package as a process that shares nothing with this one but the installed packages.
+
+    It gets `request` on stdin and neither our environment, where tokens may be, nor a place in our log. Returns (exit
+    code, stdout); the code is None when it was ended because `wait_seconds` had passed.
+    """
+    # The same packages as here, wherever they are installed; -P keeps the working directory out.
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    kept = {name: os.environ[name] for name in CONFINED_VARIABLES if name in os.environ}
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-s", "-W", "ignore", "-m", module, *arguments],
+        env={**kept, "PYTHONPATH": paths, "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        output, _ = child.communicate(request.encode("utf-8", errors="surrogatepass"), timeout=wait_seconds)
+    except subprocess.TimeoutExpired:
+        _stop(child)
+        return None, b""
+    except BaseException:
+        _stop(child)
+        raise
+    finally:
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+    return child.returncode, output
 
 
 def end_leftovers(log: RunLog) -> int:
