@@ -20,6 +20,7 @@ from gemma_gguf.files import is_file, sha256_bytes, write_atomic
 from gemma_gguf.resources import CALIBRATION
 
 SEPARATOR = "\n%%%%\n"  # between documents of one part
+MAX_FETCHED = 100_000_000  # bytes of a public set; they have some 0.3 MB
 SPLITS = ("mix", "heldout")
 
 
@@ -188,7 +189,16 @@ def _fetch(name: str, public: PublicSet, download_dir: Path) -> Text:
         if not target.is_file():
             try:
                 with urllib.request.urlopen(public.url, timeout=60) as answer:
-                    write_atomic(target, answer.read())
+                    data = answer.read(MAX_FETCHED + 1)
+                    lost = answer.length
+                if len(data) > MAX_FETCHED:
+                    raise BadInputError(
+                        f"{public.url} sends more than the {MAX_FETCHED:,} bytes that are read",
+                        next_step="Use --calibration default or a file of your own.",
+                    )
+                if lost:  # a read with a limit does not tell of a connection that broke off
+                    raise http.client.IncompleteRead(data, lost)
+                write_atomic(target, data)
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, urllib.error.HTTPError):
                     error.close()

@@ -27,6 +27,12 @@ from gemma_gguf.files import write_stream
 
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less its terminator
+# More than these no model has, and each bounds what a hostile file can make us do: Gemma's largest are beside them.
+MAX_KEYS = 1 << 16  # some 60
+MAX_TENSORS = 1 << 16  # 2,100, of an imatrix
+MAX_ARRAY = 1 << 24  # elements; 514,906 merges
+MAX_STRING = 1 << 24  # bytes; 20 kB of chat template
+MAX_HEADER = 1 << 28  # bytes before the tensor table; 6.5 MB of 270M, some 15 MB where merges are added
 MIN_KEY_BYTES = 8 + 4 + 1  # empty name, type, the smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # empty name, one dimension, type, offset
 
@@ -166,10 +172,16 @@ class _Bytes:
             raise self.fail(f"it ends inside its header (at byte {at} of {self.size})")
         return struct.unpack_from(layout, self.data, at)[0], end
 
-    def text(self, at: int) -> tuple[str, int]:
-        length, at = self.scalar("<Q", at)
+    def check_text(self, length: int, at: int) -> None:
+        """The string of `length` bytes at `at` is in the file, and not longer than any we know."""
         if length > self.size - at:
             raise self.fail(f"a string at byte {at} claims {length} bytes, {self.size - at} are left")
+        if length > MAX_STRING:
+            raise self.fail(f"a string at byte {at} claims {length:,} bytes, more than the {MAX_STRING:,} that are read")
+
+    def text(self, at: int) -> tuple[str, int]:
+        length, at = self.scalar("<Q", at)
+        self.check_text(length, at)
         return self.data[at : at + length].decode("utf-8", errors="replace"), at + length
 
     def array_start(self, at: int) -> tuple[GGUFValueType, int, int]:
@@ -184,14 +196,15 @@ class _Bytes:
         smallest = 8 if element is GGUFValueType.STRING else struct.calcsize(_SCALARS[element])
         if count > (self.size - at) // smallest:
             raise self.fail(f"an array at byte {at} claims {count} elements, more than the file can hold")
+        if count > MAX_ARRAY:
+            raise self.fail(f"an array at byte {at} claims {count:,} elements, more than the {MAX_ARRAY:,} that are read")
         return element, count, at
 
     def skip(self, kind: GGUFValueType, at: int) -> int:
         """Where the value that starts at `at` ends."""
         if kind is GGUFValueType.STRING:
             length, at = self.scalar("<Q", at)
-            if length > self.size - at:
-                raise self.fail(f"a string at byte {at} claims {length} bytes, {self.size - at} are left")
+            self.check_text(length, at)
             return int(at + length)
         if kind is not GGUFValueType.ARRAY:
             return self.scalar(_SCALARS[kind], at)[1]
@@ -262,6 +275,8 @@ def read_header(path: Path) -> Header:
         n_keys, at = data.scalar("<Q", at)
         if n_keys > data.size // MIN_KEY_BYTES or n_tensors > data.size // MIN_TENSOR_BYTES:
             raise data.fail(f"it claims {n_keys} keys and {n_tensors} tensors in {data.size} bytes")
+        if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
+            raise data.fail(f"it claims {n_keys:,} keys and {n_tensors:,} tensors, more than are read")
         keys, at = _read_keys(data, n_keys, at)
         alignment = GGUF_DEFAULT_ALIGNMENT
         if (key := keys.get("general.alignment")) is not None:
@@ -290,6 +305,8 @@ def _read_keys(data: _Bytes, n_keys: int, at: int) -> tuple[dict[str, Key], int]
         if name in keys:
             raise data.fail(f"key {name!r} stands twice")
         end = data.skip(kind, at)
+        if end > MAX_HEADER:
+            raise data.fail(f"its keys take more than the {MAX_HEADER:,} bytes that are read")
         keys[name] = Key(name, kind, at, end)
         at = end
     return keys, at

@@ -25,6 +25,7 @@ from gemma_gguf.progress import Progress, silent
 CHUNK_TOKENS = 512
 SEGMENT_CHUNKS = 32  # of one run: what a kill can cost
 FIELDS = (".in_sum2", ".counts")
+MAX_BYTES = 2_000_000_000  # of a file, all of which is read; of a Gemma 4 with 128 experts it is some 80 MB
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def read(path: Path) -> Imatrix:
                 next_step="Convert an old one: llama-imatrix --in-file old.dat -o new.gguf --output-format gguf",
             )
     header = gguf_io.read_header(path)
+    if header.file_size > MAX_BYTES:
+        raise BadInputError(f"{path} has {header.file_size:,} bytes, more than the {MAX_BYTES:,} that are read")
     if header.get("general.type") != "imatrix":
         raise BadInputError(f"{path} is a GGUF file, but not an imatrix (general.type is not imatrix)")
     n_chunks, chunk_size = header.get("imatrix.chunk_count"), header.get("imatrix.chunk_size")

@@ -12,7 +12,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,8 +48,13 @@ NEEDED = (
     "[0-9]_*/model.safetensors",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# What is read of somebody else's files, in bytes; Gemma's largest are named beside each.
+MAX_SAFETENSORS_HEADER = 16_000_000  # 0.2 MB in a shard of 27B
+MAX_JSON = 16_000_000  # tokenizer_config.json: 1.2 MB
+MAX_TOKENIZER = 256_000_000  # tokenizer.json: 33 MB; it is the converter that reads it
+MAX_TEMPLATE = 1_000_000  # 20 kB
 MAX_FRONT_MATTER = 1_000_000  # characters
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -131,18 +136,9 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
     else:
         assert name.location is not None
         path, commit = name.location, None
-    _refuse_unusable(path)
-    config = _config(path)
-    files = _needed_files(path)
-    tensors = _tensor_shapes(path, files)
+    found = examine(path)
+    files, config, family = found.files, found.config, found.family
     card = _front_matter(path / "README.md")
-    architecture = _architecture(path, config)
-    family = gemma.family_of(architecture)
-    if family is None:
-        known = ", ".join(a for f in gemma.FAMILIES for a in f.architectures)
-        raise BadInputError(
-            f"{path} holds a {architecture}, which is not a Gemma architecture", next_step=f"Known are: {known}."
-        )
     hashes = {}
     for done, file in enumerate(files):
         progress("hashing the checkpoint", done, len(files), "files")
@@ -155,10 +151,10 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         repo=f"{name.org}/{name.model}" if named else None,
         revision=commit,
         files=hashes,
-        architecture=architecture,
+        architecture=found.architecture,
         family=family.name,
         gguf_arch=family.gguf_arch,
-        n_parameters=sum(tensors.values()),
+        n_parameters=sum(found.tensors.values()),
         vision=config.get("vision_config") is not None,
         audio=config.get("audio_config") is not None,
         qat=_is_qat(name, card),
@@ -168,6 +164,28 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         base_is_dequantised=name.origin == "demo",
     )
     return Source(name, path, facts)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint that can be converted, by everything that can be told without reading its weights."""
+
+    files: tuple[str, ...]  # relative POSIX paths of those that are needed
+    config: Mapping[str, Any]
+    architecture: str
+    family: gemma.Family
+    tensors: Mapping[str, int]  # number of elements of each
+
+
+def examine(path: Path) -> Examined:
+    """Look at a checkpoint on this disk. Raises `BadInputError` with the first reason why it cannot be used."""
+    files = _needed_files(path)
+    _refuse_links(path, files)
+    _refuse_unusable(path)
+    _refuse_code(path, files)
+    config = _json(path / "config.json")
+    architecture, family = _architecture(path, config)
+    return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, files))
 
 
 def _demo(directory: Path, progress: Progress) -> Path:
@@ -276,36 +294,91 @@ def _refuse_unusable(path: Path) -> None:
         if any(_is_pickle(file) for file in weights):
             raise _pickled(path)
         raise BadInputError(f"{path} has no *.safetensors files", next_step="Download the weights, too.")
-    for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        if (path / file).is_file() and "auto_map" in _json(path / file):
-            raise BadInputError(
-                f"{path / file} asks to run the model's own code (auto_map); code of a model is never executed here",
-                next_step="Use the original Gemma checkpoint; Gemma needs no code of its own.",
-            )
+    for dense in sorted(path.glob("[0-9]_*")) if (path / "modules.json").is_file() else ():  # of EmbeddingGemma
+        names = [file.name for file in dense.iterdir()] if dense.is_dir() else []
+        if "model.safetensors" not in names and any(map(_is_pickle, names)):
+            raise _pickled(dense)
     if not any((path / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         raise BadInputError(f"{path} has no tokenizer (tokenizer.model or tokenizer.json)")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _refuse_links(path: Path, files: Iterable[str]) -> None:
+    """A file of a checkpoint lies in its directory; a link out of it would read, and publish, a file of this machine.
+
+    The one layout with links that is known is the hub's cache: `snapshots/<commit>/<file>` -> `blobs/<hash>`.
+    """
+    root = path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for file in files:
+        place = (path / file).resolve()
+        if not place.is_relative_to(root) and place.parent != blobs:
+            raise BadInputError(
+                f"{path / file} is a link out of the checkpoint, to {place}",
+                next_step="Copy the file into the directory if it belongs there.",
+            )
+        limit = MAX_TOKENIZER if PurePosixPath(file).name in TOKENIZERS else MAX_JSON if file.endswith(".json") else 0
+        if limit and (size := place.stat().st_size) > limit:
+            raise BadInputError(
+                f"{path / file} has {size:,} bytes, more than the {limit:,} that are read",
+                next_step="Download it again; no Gemma has one that large.",
+            )
+
+
+def _refuse_code(path: Path, files: Iterable[str]) -> None:
+    """Refuse whatever would make a library import code of the model: `auto_map`, and modules that are no library's."""
+
+    def refused(file: str, how: str) -> BadInputError:
+        return BadInputError(
+            f"{path / file} asks to run the model's own code ({how}); code of a model is never executed here",
+            next_step="Use the original Gemma checkpoint; Gemma needs no code of its own.",
+        )
+
+    for file in files:
+        if not file.endswith(".json") or file.endswith(".index.json") or PurePosixPath(file).name in TOKENIZERS:
+            continue
+        if file == "modules.json":
+            kinds = [module.get("type") for module in _json_value(path / file) if isinstance(module, dict)]
+            if own := [kind for kind in kinds if not str(kind).startswith("sentence_transformers.")]:
+                raise refused(file, f"the module {str(own[0])[:80]!r}")
+            continue
+        content = _json(path / file)
+        parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+        if any("auto_map" in part for part in parts):
+            raise refused(file, "auto_map")
+
+
+def _json_value(path: Path) -> Any:
+    """The content of a JSON file of bounded size, refused when it could not be written again."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise BadInputError(f"{path} has more than the {MAX_JSON:,} bytes that are read")  # it grew just now
+        value = json.loads(data.decode("utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not readable JSON: {error}", next_step="Download it again.") from error
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value = _json_value(path)
     if not isinstance(value, dict):
         raise BadInputError(f"{path} is not a JSON object", next_step="Download it again.")
     return value
 
 
-def _config(path: Path) -> dict[str, Any]:
-    return _json(path / "config.json")
-
-
-def _architecture(path: Path, config: Mapping[str, Any]) -> str:
+def _architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, gemma.Family]:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise BadInputError(f"{path / 'config.json'} names no architecture")
-    return names[0]
+    family = gemma.family_of(names[0])
+    if family is None:
+        known = ", ".join(a for f in gemma.FAMILIES for a in f.architectures)
+        raise BadInputError(
+            f"{path} holds a {names[0][:80]}, which is not a Gemma architecture", next_step=f"Known are: {known}."
+        )
+    return names[0], family
 
 
 def _needed_files(path: Path) -> list[str]:
@@ -323,6 +396,12 @@ def _tensor_shapes(path: Path, files: list[str]) -> dict[str, int]:
         weight_map = _json(path / index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise BadInputError(f"{path / index} has no weight_map")
+        for shard in map(str, weight_map.values()):
+            if ".." in PurePosixPath(shard).parts or "\\" in shard or PurePosixPath(shard).is_absolute():
+                raise BadInputError(
+                    f"{path / index} names {shard[:200]!r}, a path out of the checkpoint",
+                    next_step="Do not use this checkpoint: a whole one names files beside the index.",
+                )
         missing = sorted({str(shard) for shard in weight_map.values()} - set(files))
         if missing:
             raise BadInputError(
@@ -348,8 +427,10 @@ def read_safetensors_header(path: Path) -> dict[str, int]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_SAFETENSORS_HEADER):
+        if len(prefix) < 8 or length > size - 8:
             raise broken(f"its header claims {length} bytes in a file of {size}")
+        if length > MAX_SAFETENSORS_HEADER:
+            raise broken(f"its header claims {length:,} bytes, more than the {MAX_SAFETENSORS_HEADER:,} that are read")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
@@ -429,9 +510,11 @@ def _chat_template(path: Path) -> str | None:
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         try:
-            return jinja.read_text(encoding="utf-8")
+            with jinja.open(encoding="utf-8") as text:
+                template = text.read(MAX_TEMPLATE + 1)
         except UnicodeDecodeError as error:
             raise BadInputError(f"{jinja} is not text: {error}", next_step="Download it again.") from error
+        return _bounded_template(template, jinja)
     for file in ("chat_template.json", "tokenizer_config.json"):
         if (path / file).is_file():
             template = _json(path / file).get("chat_template")
@@ -443,5 +526,14 @@ def _chat_template(path: Path) -> str | None:
                 }
                 template = named.get("default")
             if isinstance(template, str):
-                return template
+                return _bounded_template(template, path / file)
     return None
+
+
+def _bounded_template(template: str, where: Path) -> str:
+    if len(template) > MAX_TEMPLATE:
+        raise BadInputError(
+            f"the chat template in {where} has more than the {MAX_TEMPLATE:,} characters that are read",
+            next_step="Download it again; no Gemma has one that long.",
+        )
+    return template

@@ -157,9 +157,9 @@ FOUND = {
     "card: a time that is none": Found("safetensors", _card("a: !!timestamp x"), "^$"),
     "card: 300 lists in each other": Found("safetensors", _card(f"a: {NESTED}"), "^$"),
     "card: aliases of aliases": Found("safetensors", _card(_aliases()), "^$"),
-    "gguf: an alignment of 70 million bytes": Found(
+    "gguf: an alignment of 16 million bytes": Found(
         "gguf",
-        lambda: _gguf([_key("general.alignment", V.ARRAY, _array(V.UINT8, 70_000_000, bytes(70_000_000)))]),
+        lambda: _gguf([_key("general.alignment", V.ARRAY, _array(V.UINT8, 16_000_000, bytes(16_000_000)))]),
         r"general\.alignment",
     ),
 }

@@ -504,6 +504,48 @@ def test_damaged_files_are_refused_with_their_reason(tmp_path: Path, data: bytes
         assert caught.value.next_step == "Make or download it again."
 
 
+# Each claim fits a file of a terabyte, which here is a hole without bytes on the disk.
+ENORMOUS = {
+    "keys": (_gguf(n_keys=65_537), "it claims 65,537 keys and 0 tensors, more than are read"),
+    "tensors": (_gguf(n_tensors=1 << 30), "it claims 0 keys and 1,073,741,824 tensors, more than are read"),
+    "string": (
+        _gguf([_key("k", V.STRING, struct.pack("<Q", 1 << 30))]),
+        "a string at byte 45 claims 1,073,741,824 bytes, more than the 16,777,216 that are read",
+    ),
+    "name of a key": (
+        _gguf([struct.pack("<Q", 1 << 30)], n_keys=1),
+        "a string at byte 32 claims 1,073,741,824 bytes, more than the 16,777,216 that are read",
+    ),
+    "name of a tensor": (
+        _gguf([], [struct.pack("<Q", 1 << 30)]),
+        "a string at byte 32 claims 1,073,741,824 bytes, more than the 16,777,216 that are read",
+    ),
+    "array": (
+        _gguf([_key("k", V.ARRAY, _array(V.UINT8, 1 << 30))]),
+        "an array at byte 49 claims 1,073,741,824 elements, more than the 16,777,216 that are read",
+    ),
+    "array of strings": (
+        _gguf([_key("k", V.ARRAY, _array(V.STRING, (1 << 24) + 1))]),
+        "an array at byte 49 claims 16,777,217 elements, more than the 16,777,216 that are read",
+    ),
+    "one long string of an array": (
+        _gguf([_key("k", V.ARRAY, _array(V.STRING, 1, struct.pack("<Q", 1 << 30)))], n_keys=2),
+        "its keys take more than the 268,435,456 bytes that are read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "why"), ENORMOUS.values(), ids=ENORMOUS)
+def test_claims_beyond_any_model_are_refused_unread(tmp_path: Path, data: bytes, why: str) -> None:
+    path = tmp_path / "model.gguf"
+    with path.open("wb") as file:
+        file.write(data)
+        file.truncate(10**12)
+    with pytest.raises(BadInputError) as caught:
+        read_header(path)
+    assert caught.value.what == f"{path}{NOT_WHOLE}{why}"
+
+
 def test_alignment_must_have_the_type_that_llama_cpp_reads(tmp_path: Path) -> None:
     """llama.cpp refuses any type but uint32 (ggml/src/gguf.cpp), whatever the number is."""
     path = tmp_path / "model.gguf"

@@ -283,6 +283,15 @@ def test_not_json(tmp_path: Path, content: str | bytes) -> None:
     assert error.next_step == REPAIR
 
 
+def test_a_manifest_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / FILE_NAME).open("wb") as opened:
+        opened.truncate(10**12)  # a hole
+    with pytest.raises(BadInputError) as caught:
+        manifest.load(tmp_path)
+    assert caught.value.what == f"{tmp_path / FILE_NAME} has more than the 16,000,000 bytes that are read"
+    assert "Restore it" in (caught.value.next_step or "")
+
+
 def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
     whole = example().model_dump_json(indent=1).encode()
     for at in range(0, len(whole), 97):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import pickle
 import shutil
 import socket
 import struct
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from gemma_gguf import source
+from gemma_gguf import chat, source
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.source import ModelName, Source
@@ -418,6 +419,147 @@ def test_code_of_a_model_is_refused(file: str, small: Path) -> None:
     )
 
 
+def test_code_anywhere_in_a_configuration_is_refused(small: Path) -> None:
+    config = {"architectures": ["Gemma3ForCausalLM"], "text_config": {"auto_map": {"AutoModel": "evil.Model"}}}
+    (small / "config.json").write_text(json.dumps(config))
+    assert refusal(small).startswith("HERE/config.json asks to run the model's own code (auto_map)")
+    write_small(small)
+    (small / "generation_config.json").write_text('{"auto_map": {}}')
+    assert refusal(small).startswith("HERE/generation_config.json asks to run the model's own code (auto_map)")
+
+
+def test_a_module_of_the_models_own_is_refused(small: Path) -> None:
+    """sentence-transformers imports the class that `modules.json` names."""
+    known = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    (small / "modules.json").write_text(json.dumps([known]))
+    fetch(small)
+    (small / "modules.json").write_text(json.dumps([known, {**known, "type": "evil.Module"}]))
+    assert refusal(small, "original Gemma checkpoint") == (
+        "HERE/modules.json asks to run the model's own code (the module 'evil.Module'); code of a model is never "
+        "executed here"
+    )
+
+
+def test_a_pickled_part_of_an_embedding_model_is_refused(small: Path) -> None:
+    (small / "modules.json").write_text("[]")
+    (small / "2_Dense").mkdir()
+    (small / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
+    assert refusal(small) == (
+        "HERE/2_Dense has its weights only as pickles, which can run code when they are loaded"
+    )
+
+
+def test_a_pickle_called_safetensors_is_refused(small: Path) -> None:
+    (small / "model.safetensors").write_bytes(pickle.dumps({"a": [1.0] * 100}))
+    assert refusal(small).startswith("HERE/model.safetensors is not a whole safetensors file: its header claims ")
+
+
+# --- paths and links out of a checkpoint, sizes ------------------------------------------------------------------
+
+OUT = {
+    "config": "config.json",
+    "weights": "model.safetensors",
+    "tokenizer": "tokenizer.json",
+    "card": "README.md",
+    "part": "2_Dense/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("file", OUT.values(), ids=OUT)
+def test_a_link_out_of_the_checkpoint_is_refused(file: str, small: Path) -> None:
+    secret = small.parent / "secret"
+    secret.write_bytes(WHOLE)
+    (small / file).parent.mkdir(exist_ok=True)
+    (small / file).unlink(missing_ok=True)
+    (small / file).symlink_to(f"{'../' * (1 + file.count('/'))}secret")
+    assert refusal(small, "Copy the file") == f"HERE/{file} is a link out of the checkpoint, to {secret}"
+
+
+def test_a_linked_directory_is_refused(small: Path) -> None:
+    (small.parent / "other").mkdir()
+    (small.parent / "other" / "config.json").write_text("{}")
+    (small / "1_Pooling").symlink_to(small.parent / "other")
+    assert refusal(small) == (
+        f"HERE/1_Pooling/config.json is a link out of the checkpoint, to {small.parent}/other/config.json"
+    )
+
+
+def test_links_inside_a_checkpoint_are_fine(small: Path) -> None:
+    (small / "weights").mkdir()
+    (small / "model.safetensors").rename(small / "weights" / "w")
+    (small / "model.safetensors").symlink_to("weights/w")
+    linked = small.parent / "linked"
+    linked.symlink_to(small)
+    assert fetch(linked).facts.n_parameters == 10
+
+
+def test_the_hubs_cache_is_fine_and_nothing_else_that_looks_like_it(small: Path) -> None:
+    """snapshots/<commit>/<file> -> ../../blobs/<hash>, as huggingface_hub lays out its cache."""
+    repo = small.parent / "models--org--m"
+    snapshot = repo / "snapshots" / COMMIT
+    snapshot.parent.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    small.rename(snapshot)
+    for file in list(snapshot.iterdir()):
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{blob.name}")
+    assert fetch(snapshot).facts.n_parameters == 10
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("{}")
+    (snapshot / "generation_config.json").symlink_to("../../refs/main")
+    assert refusal(snapshot) == (
+        f"HERE/generation_config.json is a link out of the checkpoint, to {repo}/refs/main"
+    )
+
+
+@pytest.mark.parametrize("shard", ["../2.safetensors", "/etc/passwd", "a/../../2.safetensors", "..\\2.safetensors"])
+def test_a_path_out_of_the_checkpoint_in_the_index_is_refused(shard: str, small: Path) -> None:
+    index = {"weight_map": {"a": "1.safetensors", "b": shard}}
+    (in_two_shards(small) / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refusal(small, "Do not use this checkpoint") == (
+        f"HERE/model.safetensors.index.json names {shard!r}, a path out of the checkpoint"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "n_bytes", "limit"),
+    [
+        ("config.json", 16_000_001, 16_000_000),
+        ("model.safetensors.index.json", 16_000_001, 16_000_000),
+        ("preprocessor_config.json", 10**12, 16_000_000),
+        ("tokenizer.json", 256_000_001, 256_000_000),
+        ("tokenizer.model", 10**12, 256_000_000),
+    ],
+)
+def test_a_file_that_is_too_large_is_refused_unread(file: str, n_bytes: int, limit: int, small: Path) -> None:
+    with (small / file).open("ab") as opened:
+        opened.truncate(n_bytes)  # a hole: no bytes on the disk
+    assert refusal(small, "Download it again") == (
+        f"HERE/{file} has {n_bytes:,} bytes, more than the {limit:,} that are read"
+    )
+
+
+def test_a_safetensors_header_that_is_too_large_is_refused_unread(small: Path) -> None:
+    with (small / "model.safetensors").open("wb") as opened:
+        opened.write(struct.pack("<Q", 16_000_001))
+        opened.truncate(10**12)
+    assert refusal(small) == (
+        "HERE/model.safetensors is not a whole safetensors file: its header claims 16,000,001 bytes, more than the "
+        "16,000,000 that are read"
+    )
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_chat_template_that_is_too_long_is_refused(file: str, small: Path) -> None:
+    assert source.MAX_TEMPLATE == chat.MAX_TEMPLATE_BYTES
+    text = "x" * (source.MAX_TEMPLATE + 1)
+    (small / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
+    assert refusal(small) == (
+        f"the chat template in HERE/{file} has more than the 1,000,000 characters that are read"
+    )
+
+
 def test_a_checkpoint_without_tokenizer_is_refused(small: Path) -> None:
     (small / "tokenizer.json").unlink()
     assert refusal(small) == "HERE has no tokenizer (tokenizer.model or tokenizer.json)"
@@ -537,7 +679,7 @@ def test_a_header_is_read_as_the_library_reads_it(vision_checkpoint: Path) -> No
 ASK = """
 import json, sys, traceback
 from pathlib import Path
-from gemma_gguf import source
+from gemma_gguf import chat, source
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.files import HashMemory
 work, *models = sys.argv[1:]
