@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 import gemma_gguf
-from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, planning, proof, recipes
+from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, planning, proof, recipes, survey
 from gemma_gguf.console import Console
+from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
 from gemma_gguf.session import Options
 
@@ -86,8 +87,7 @@ _build_options = _with_options(
     click.option("--cmake-arg", "cmake_args", multiple=True, metavar="ARG", help="Added to CMake's arguments."),
     _wait,
 )
-_run_options = _with_options(
-    click.argument("model"),
+_set_options = _with_options(
     click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
     click.option(
         "--out",
@@ -148,6 +148,7 @@ _run_options = _with_options(
     _build_options,
     _json,
 )
+_run_options = _with_options(click.argument("model"), _set_options)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -178,7 +179,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
     names = given["recipe_names"]
     return Options(
-        model=given["model"],
+        model=given["model"] or "",
         name=given["name"],
         out=given["out"],
         recipes=tuple(n.strip() for n in names.split(",") if n.strip()) if names else recipes.DEFAULT_NAMES,
@@ -360,6 +361,29 @@ def card(ctx: click.Context, directories: tuple[Path, ...], templates: Path | No
     for directory, made in written.items():
         console.say(f"{directory}: {'written' if made else 'unchanged'}")
     console.document({"cards": written})
+
+
+@main.command()
+@click.argument("model", required=False)
+@_set_options
+@click.pass_context
+def doctor(ctx: click.Context, /, **given: Any) -> None:
+    """Check everything that a run of MODEL needs, or without MODEL this machine; makes nothing.
+
+    Exit code 1 when something would stop the run. A run checks the same at its start.
+
+    \b
+    gemma-gguf doctor
+    gemma-gguf doctor google/gemma-3-4b-it --recipes Q4_K_M,Q6_K
+    """
+    console = _console(ctx)
+    options = _options(given, "card")
+    checks = judge(survey.look(options, thorough=True))
+    console.checks(checks)
+    failed = any(check.status == "fail" for check in checks)
+    console.document({"ok": not failed, "checks": [check.document() for check in checks]})
+    if failed:
+        ctx.exit(1)
 
 
 @main.command(name="recipes")

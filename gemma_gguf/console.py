@@ -17,6 +17,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from gemma_gguf.card import gigabytes
+from gemma_gguf.doctor import Check
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.planning import SetPlan
 from gemma_gguf.proof import Verified
@@ -54,7 +55,7 @@ class Console:
         if not self._err.is_terminal:
             if label != self._label or now - self._said_at > PLAIN_SECONDS:
                 self._label, self._said_at = label, now
-                self._err.print(escape(f"  {label}: {done:.0f}/{total:.0f} {unit}{f', {left}' if left else ''}"))
+                self._err.print(shown(f"  {label}: {done:.0f}/{total:.0f} {unit}{f', {left}' if left else ''}"))
             return
         if self._bar is None or label != self._label:
             self._end_bar()
@@ -62,12 +63,12 @@ class Console:
                 TextColumn("  {task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(escape(unit)),
+                TextColumn(shown(unit)),
                 TextColumn("{task.fields[left]}"),
             )
             self._bar = RichProgress(*columns, console=self._err, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(escape(label), total=total, left="")
+            self._task = self._bar.add_task(shown(label), total=total, left="")
             self._label = label
         self._bar.update(self._task, completed=done, total=total, left=left)
 
@@ -86,16 +87,16 @@ class Console:
         self._end_bar()
         size = f"  {gigabytes(done.n_bytes)}" if done.n_bytes is not None else ""
         if done.stage == "proof":
-            self._err.print(f"[green]same[/]  {done.stage:<9} {escape(done.name)}  [dim]({escape(done.why)})[/]")
+            self._err.print(f"[green]same[/]  {done.stage:<9} {shown(done.name)}  [dim]({shown(done.why)})[/]")
         elif done.made:
-            self._err.print(f"[green]made[/]  {done.stage:<9} {escape(done.name)}{size}  {done.seconds:.1f} s")
+            self._err.print(f"[green]made[/]  {done.stage:<9} {shown(done.name)}{size}  {done.seconds:.1f} s")
         else:
-            self._err.print(f"[dim]kept[/]  {done.stage:<9} {escape(done.name)}{size}  [dim]({escape(done.why)})[/]")
+            self._err.print(f"[dim]kept[/]  {done.stage:<9} {shown(done.name)}{size}  [dim]({shown(done.why)})[/]")
 
     def say(self, text: str) -> None:
         """A plain line for a person."""
         self._end_bar()
-        self._err.print(escape(text))
+        self._err.print(shown(text))
 
     def report(self, report: Report) -> None:
         """The closing table of a run: what, how big, how long, and where."""
@@ -111,9 +112,9 @@ class Console:
         self._err.print(f"{n_made} {files} made, {len(made) - n_made} kept, in {report.seconds:.0f} s")
         if report.engine == "fanout" and any(done.made and done.stage == "quantize" for done in made):
             self._err.print("Quants are made together: the time of each is counted from the start of the fan-out.")
-        self._err.print(f"The set: {escape(shown_path(report.set_dir))}")
+        self._err.print(f"The set: {shown(shown_path(report.set_dir))}")
         if report.log.is_file():
-            self._err.print(f"The log: {escape(shown_path(report.log))}")
+            self._err.print(f"The log: {shown(shown_path(report.log))}")
 
     def plan(self, planned: SetPlan) -> None:
         """What a set takes: sizes and time per file, then the whole."""
@@ -150,6 +151,14 @@ class Console:
         rows = [(result.name, "whole" if result.problem is None else result.problem) for result in results]
         self.table(("File", "Verdict"), rows)
 
+    def checks(self, checks: Sequence[Check]) -> None:
+        """What the doctor found, then what to do about it."""
+        self._end_bar()
+        self.table(("Check", "Verdict", "What"), [(check.name, check.status, check.what) for check in checks])
+        for check in checks:
+            if check.status != "ok" and check.next_step:
+                self._err.print(f"[bold]next:[/]  {shown(check.name)}: {shown(check.next_step)}")
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         """A table whose cells are never cut."""
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -157,17 +166,17 @@ class Console:
             last = index == len(columns) - 1  # the one column that may be long: it folds, the others stay whole
             table.add_column(column, justify="right" if index in right else "left", no_wrap=not last, overflow="fold")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(shown(cell) for cell in row))
         self._err.print(table)
 
     def error(self, error: GemmaGGUFError) -> None:
         """What happened, what to do next, where the whole story is."""
         self._end_bar()
-        self._err.print(f"[bold red]error:[/] {escape(error.what)}")
+        self._err.print(f"[bold red]error:[/] {shown(error.what)}")
         if error.next_step:
-            self._err.print(f"[bold]next:[/]  {escape(error.next_step)}")
+            self._err.print(f"[bold]next:[/]  {shown(error.next_step)}")
         if error.log is not None:
-            self._err.print(f"[bold]log:[/]   {escape(shown_path(error.log))}")
+            self._err.print(f"[bold]log:[/]   {shown(shown_path(error.log))}")
         self.document({"error": error.what, "next_step": error.next_step, "log": str(error.log) if error.log else None})
 
     def interrupted(self) -> None:
@@ -189,6 +198,11 @@ def time_left(elapsed: float, done: float, left: float) -> str:
     if seconds < 90:
         return f"about {seconds:.0f} s left"
     return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+
+def shown(text: str) -> str:
+    """Text as rich and a terminal show it unchanged: names and messages may come from somebody else's files."""
+    return escape("".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text))
 
 
 def shown_path(path: Path) -> str:

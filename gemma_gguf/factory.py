@@ -27,6 +27,7 @@ from gemma_gguf import (
     quantize,
     recipes,
     source,
+    survey,
     verify,
 )
 from gemma_gguf.errors import BadInputError, VerificationError
@@ -48,7 +49,6 @@ from gemma_gguf.session import (
     Options,
     Report,
     Run,
-    check_given,
     file_name,
     new_entry,
     open_run,
@@ -77,17 +77,15 @@ def run(
     Raises `GemmaGGUFError` subclasses; what was finished by then stays, and the same call goes on from there.
     """
     started = time.monotonic()
-    check_given(options)
+    warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
     name = source.understand(options.model, options.name)
     stages = {"convert": _convert, "imatrix": _imatrix, "quantize": _quantize, "card": _card}
-    if options.until not in stages:
-        raise BadInputError(f"unknown stage {options.until!r}", next_step=f"Choose one of: {', '.join(stages)}.")
-    # Before anything is built: a name that no llama.cpp knows.
-    recipes.select(
-        options.recipes, dict.fromkeys([*quantize.KNOWN_FTYPES, *(r.ftype for r in recipes.TABLE.values())], "")
-    )
     with open_run(options, name, progress, say, take_away) as state:
+        for warning in warnings:
+            state.log.note(f"{warning.name}: {warning.what}")
         for stage, function in stages.items():
+            if stage == "imatrix" and options.until in ("quantize", "card"):
+                planning.refuse_before_imatrix(state)
             function(state)
             if stage == options.until:
                 break
@@ -155,12 +153,6 @@ def _given_base(state: Run, base: Path) -> None:
         raise BadInputError(
             f"{base} is a {arch} model, {state.options.model} is {state.source.facts.gguf_arch}",
             next_step="Give the base of this very model, or leave --base out.",
-        )
-    quantized = set(header.type_histogram()) - {"F32", "F16", "BF16"}
-    if quantized:
-        raise BadInputError(
-            f"{base} is quantised already ({', '.join(sorted(quantized))}); quants of quants are not made here",
-            next_step="Give a BF16, F16 or F32 file.",
         )
     verify.check_finite(header)
     verify.check_file(base, None, build=state.build, text=probe_text(state), log=state.log)
@@ -389,15 +381,10 @@ class _Todo:
 
 def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str) -> None:
     """All quants, at once or in the waves in which someone takes them away."""
-    imatrix_path = state.set_dir / imatrix.file_name(state.stem)
-    numbers = quantize.ftype_numbers(state.build, state.log)
-    imatrix_header = gguf_io.read_header(imatrix_path)
-    outputs: dict[str, fanout.Output] = {}
-    for item in made:
-        name = item.recipe.name
-        keys = fanout.quantize_keys(numbers[item.recipe.ftype], imatrix_path.name, imatrix_header)
-        partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
-        outputs[name] = fanout.Output(name, partial, fanout.new_header(header, item.plan, keys), item.plan)
+    listed = planning.outputs_of(
+        state, header, [item.recipe for item in made], made[0].plans, state.set_dir / imatrix.file_name(state.stem)
+    )
+    outputs = {output.recipe: output for output in listed}
     speeds = speeds_for(state, [item.plan for item in made])
     if state.take_away is None:
         planning.refuse_what_does_not_fit(state, list(outputs.values()))

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ import filelock
 from gemma_gguf.errors import BusyError, DiskError, GemmaGGUFError
 
 PARTIAL = ".partial"
+DAY = 86_400.0  # seconds
 
 
 def partial_path(final: Path, directory: Path | None = None) -> Path:
@@ -132,9 +135,42 @@ def write_stream(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole small file so that a reader sees the old bytes or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    write_stream(partial, [data.encode() if isinstance(data, str) else data])
-    replace_durably(partial, path)
+    _remove_leftovers(path)
+    # A name of this thread's own: two runs may write the same file of the user's cache at a time.
+    partial = path.with_name(f"{path.stem}.{_here()}-{os.getpid()}-{threading.get_ident()}{PARTIAL}{path.suffix}")
+    try:
+        write_stream(partial, [data.encode() if isinstance(data, str) else data])
+        replace_durably(partial, path)
+    except (Exception, KeyboardInterrupt):
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _here() -> str:
+    """This machine, in six digits of a file name: process numbers mean nothing on another one."""
+    return sha256_bytes(socket.gethostname().encode())[:6]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left of `path`: those of this machine, and of others after a day."""
+    own = re.compile(rf"{re.escape(path.stem)}\.([0-9a-f]{{6}})-(\d+)-\d+{re.escape(PARTIAL + path.suffix)}")
+    for other in path.parent.iterdir():
+        if match := own.fullmatch(other.name):
+            with contextlib.suppress(OSError):  # whoever it belongs to may rename it just now
+                here, number = match[1] == _here(), int(match[2])
+                if (here and not _is_running(number)) or time.time() - other.stat().st_mtime > DAY:
+                    other.unlink()
+
+
+def _is_running(number: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -177,7 +177,9 @@ class _Bytes:
         if length > self.size - at:
             raise self.fail(f"a string at byte {at} claims {length} bytes, {self.size - at} are left")
         if length > MAX_STRING:
-            raise self.fail(f"a string at byte {at} claims {length:,} bytes, more than the {MAX_STRING:,} that are read")
+            raise self.fail(
+                f"a string at byte {at} claims {length:,} bytes, more than the {MAX_STRING:,} that are read"
+            )
 
     def text(self, at: int) -> tuple[str, int]:
         length, at = self.scalar("<Q", at)
@@ -197,7 +199,9 @@ class _Bytes:
         if count > (self.size - at) // smallest:
             raise self.fail(f"an array at byte {at} claims {count} elements, more than the file can hold")
         if count > MAX_ARRAY:
-            raise self.fail(f"an array at byte {at} claims {count:,} elements, more than the {MAX_ARRAY:,} that are read")
+            raise self.fail(
+                f"an array at byte {at} claims {count:,} elements, more than the {MAX_ARRAY:,} that are read"
+            )
         return element, count, at
 
     def skip(self, kind: GGUFValueType, at: int) -> int:

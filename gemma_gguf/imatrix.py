@@ -159,8 +159,7 @@ def read(path: Path) -> Imatrix:
                 next_step="Convert an old one: llama-imatrix --in-file old.dat -o new.gguf --output-format gguf",
             )
     header = gguf_io.read_header(path)
-    if header.file_size > MAX_BYTES:
-        raise BadInputError(f"{path} has {header.file_size:,} bytes, more than the {MAX_BYTES:,} that are read")
+    _refuse_size(header)
     if header.get("general.type") != "imatrix":
         raise BadInputError(f"{path} is a GGUF file, but not an imatrix (general.type is not imatrix)")
     n_chunks, chunk_size = header.get("imatrix.chunk_count"), header.get("imatrix.chunk_size")
@@ -189,6 +188,11 @@ def read(path: Path) -> Imatrix:
     if not entries:
         raise BadInputError(f"{path} holds no data")
     return Imatrix(path, n_chunks, chunk_size, tuple(datasets), entries)
+
+
+def _refuse_size(header: Header) -> None:
+    if header.file_size > MAX_BYTES:
+        raise BadInputError(f"{header.path} has {header.file_size:,} bytes, more than the {MAX_BYTES:,} that are read")
 
 
 def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: int | None = None) -> None:

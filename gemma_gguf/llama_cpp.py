@@ -471,6 +471,23 @@ def build(
         log.close()
 
 
+def is_built(spec_text: str, *, backend: str, extra_cmake_args: Sequence[str], compiler: str) -> bool:
+    """Whether the cache has a build that looks like the one `build` will want; nothing is fetched or hashed for it.
+
+    A directory or a git ref may have changed since: then `build` makes a new one all the same.
+    """
+    spec = SourceSpec.parse(spec_text)
+    source = f"dir:{Path(spec.value).expanduser().resolve()}" if spec.kind == "dir" else str(spec)
+    wanted = {"source": source, "backend": backend, "compiler": compiler, "machine": machine_id()}
+    for path in (cache_dir() / "builds").glob("*/build.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            facts = json.loads(path.read_text())
+            same = all(facts.get(name) == value for name, value in wanted.items())
+            if same and set(extra_cmake_args) <= set(facts.get("cmake_args", ())):
+                return True
+    return False
+
+
 def _load(root: Path) -> Build:
     facts = json.loads((root / "build.json").read_text())
     return Build(root=root, **{**facts, "cmake_args": tuple(facts["cmake_args"])})

@@ -14,6 +14,7 @@ from pathlib import Path
 from gemma_gguf import (
     calibration,
     convert,
+    doctor,
     fanout,
     gguf_io,
     imatrix,
@@ -22,6 +23,7 @@ from gemma_gguf import (
     quantize,
     recipes,
     source,
+    survey,
 )
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import (
@@ -122,25 +124,10 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
 def _exact_plan(
     state: Run, wanted: Sequence[Recipe], header: gguf_io.Header, given: Path, jobs: int, *, from_placeholder: bool
 ) -> SetPlan:
-    numbers = quantize.ftype_numbers(state.build, state.log)
-    imatrix_header = gguf_io.read_header(given)
-    plans: dict[str, FilePlan] = {}
-    outputs: list[fanout.Output] = []
+    made = [recipe for recipe in wanted if not recipe.is_base]
+    plans = _plans(state, made, header, given)
+    outputs = outputs_of(state, header, made, plans, given)
     rows: list[PlannedFile] = []
-    for done, recipe in enumerate(recipe for recipe in wanted if not recipe.is_base):
-        state.progress("planning", done, len(wanted), "recipes")
-        plans[recipe.name] = asked = quantize.plan_recipe(
-            state.build,
-            recipe,
-            str(header.path.resolve()),
-            imatrix=given.name,
-            n_tensors=len(header.tensors),
-            cwd=given.parent,
-            log=state.log,
-        )
-        keys = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
-        partial = partial_path(state.set_dir / file_name(state, recipe), state.work)
-        outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))
     speeds = speeds_for(state, list(plans.values())) if plans else {}
     if any(recipe.is_base for recipe in wanted):
         rows.append(
@@ -178,6 +165,40 @@ def _exact_plan(
         budget_bytes=budget,
         waves=tuple(map(tuple, groups)),
     )
+
+
+def _plans(state: Run, made: Sequence[Recipe], header: gguf_io.Header, given: Path) -> dict[str, FilePlan]:
+    """What llama-quantize would write for each recipe with the imatrix `given`."""
+    plans: dict[str, FilePlan] = {}
+    for done, recipe in enumerate(made):
+        state.progress("planning", done, len(made), "recipes")
+        plans[recipe.name] = quantize.plan_recipe(
+            state.build,
+            recipe,
+            str(header.path.resolve()),
+            imatrix=given.name,
+            n_tensors=len(header.tensors),
+            cwd=given.parent,
+            log=state.log,
+        )
+    return plans
+
+
+def outputs_of(
+    state: Run, header: gguf_io.Header, made: Sequence[Recipe], plans: Mapping[str, FilePlan], given: Path
+) -> list[fanout.Output]:
+    """The files of these recipes as they will be: their headers, and so their sizes, are known from the plans."""
+    if not made:
+        return []
+    numbers = quantize.ftype_numbers(state.build, state.log)
+    imatrix_header = gguf_io.read_header(given)
+    outputs = []
+    for recipe in made:
+        keys = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
+        partial = partial_path(state.set_dir / file_name(state, recipe), state.work)
+        asked = plans[recipe.name]
+        outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))
+    return outputs
 
 
 def _estimate(
@@ -220,6 +241,39 @@ def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str,
         return [list(sizes)]
     spare = sizes[recipes.for_proof(sizes)] if state.options.proof else 0
     return plan.waves([output.plan for output in outputs], sizes, speeds, budget - spare)
+
+
+def refuse_before_imatrix(state: Run) -> None:
+    """Refuse a set that does not fit before the hours of its imatrix.
+
+    The first look knows sizes within a factor; here the base is there, and where the most that the set can take does
+    not fit, llama-quantize is asked for the exact sizes, with an imatrix of ones under the final names.
+    """
+    final = state.set_dir / imatrix.file_name(state.stem)
+    if final.exists() or state.take_away is not None:
+        return
+    made = [recipe for recipe in wanted_recipes(state) if not recipe.is_base and not _is_there(state, recipe)]
+    if not made:
+        return
+    header = gguf_io.read_header(state.base)
+    most = [doctor.quant_bytes(recipe, survey.model_of(header))[1] for recipe in made]
+    if sum(most) + max(most) <= room_for(state, []):
+        return
+    options = state.options
+    with tempfile.TemporaryDirectory(dir=state.work) as scratch:
+        given = Path(scratch, final.name)
+        if options.imatrix is not None:
+            copy(options.imatrix, given)
+        else:
+            text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+            imatrix.write_placeholder(given, header, text.file_name)
+        plans = _plans(state, made, header, given)
+        refuse_what_does_not_fit(state, outputs_of(state, header, made, plans, given))
+
+
+def _is_there(state: Run, recipe: Recipe) -> bool:
+    name = file_name(state, recipe)
+    return state.manifest.file(name) is not None and (state.set_dir / name).is_file()
 
 
 def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> None:

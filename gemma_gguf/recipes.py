@@ -79,6 +79,8 @@ ON_REQUEST = (
 )
 TABLE: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (*DEFAULT, *ON_REQUEST)}
 DEFAULT_NAMES = tuple(recipe.name for recipe in DEFAULT)
+# ftypes whose mixes hold a type that llama-quantize makes of no block without an imatrix; a test asks it.
+NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"})
 # Of these a file is no quant of a BF16 base, or another name for a row.
 NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
 # Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.

@@ -5,6 +5,7 @@ what planning, proving and the order of the stages have in common; it runs no st
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import time
@@ -41,6 +42,7 @@ from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
 
 WORK = ".work"
+STAGES = ("convert", "imatrix", "quantize", "card")
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,40 @@ class Run:
 
 def check_given(options: Options) -> None:
     """What the user names must be there, before anything is built or downloaded."""
-    for option, path in (("--base", options.base), ("--imatrix", options.imatrix)):
-        if path is not None and not path.is_file():
-            raise BadInputError(f"there is no file {path}", next_step=f"Give {option} the path of a GGUF file.")
+    for _, check in given_checks(options):
+        check()
+
+
+def given_checks(options: Options) -> list[tuple[str, Callable[[], object]]]:
+    """(subject, function that raises when what the user named cannot be used), of everything the user named."""
+    checks: list[tuple[str, Callable[[], object]]] = []
+    if options.base is not None:
+        checks.append(("--base", functools.partial(_given_base, options.base)))
+    if options.imatrix is not None:
+        checks.append(("--imatrix", functools.partial(_given_imatrix, options.imatrix)))
     if options.imatrix is None and options.until != "convert":
-        calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+        cache = llama_cpp.cache_dir() / "calibration"
+        checks.append(("calibration", functools.partial(calibration.load, options.calibration, cache)))
     if options.scheduler is not None:
-        fanout.dask_workers(options.scheduler)  # it answers
+        checks.append(("--scheduler", functools.partial(fanout.dask_workers, options.scheduler)))  # it answers
+    return checks
+
+
+def _given_base(path: Path) -> None:
+    if not path.is_file():
+        raise BadInputError(f"there is no file {path}", next_step="Give --base the path of a GGUF file.")
+    quantized = set(gguf_io.read_header(path).type_histogram()) - {"F32", "F16", "BF16"}
+    if quantized:
+        raise BadInputError(
+            f"{path} is quantised already ({', '.join(sorted(quantized))}); quants of quants are not made here",
+            next_step="Give a BF16, F16 or F32 file.",
+        )
+
+
+def _given_imatrix(path: Path) -> None:
+    if not path.is_file():
+        raise BadInputError(f"there is no file {path}", next_step="Give --imatrix the path of a GGUF file.")
+    imatrix.read(path)
 
 
 @contextlib.contextmanager

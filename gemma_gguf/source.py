@@ -198,14 +198,85 @@ def _demo(directory: Path, progress: Progress) -> Path:
 
 
 def _download(name: ModelName) -> tuple[Path, str]:
-    """(snapshot directory, commit) of a hub model; only what conversion needs is downloaded."""
+    """(snapshot directory, commit) of a hub model; only what conversion needs is downloaded.
+
+    Its configuration comes first, so that a model that is refused for it costs no gigabytes.
+    """
+    repo = f"{name.org}/{name.model}"
+    with _hub_errors(repo, name.revision):
+        commit, sizes = _listing(repo, name.revision)
+        _configuration(repo, commit, sizes)
+        return _snapshot(repo, commit, [file for file in sizes if _is_needed(file)]), commit
+
+
+def _snapshot(repo: str, commit: str, files: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, and only the hub needs it
+
+    return Path(snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(file) for file in files]))
+
+
+def _configuration(repo: str, commit: str, sizes: Mapping[str, int]) -> Mapping[str, Any]:
+    """`config.json` of a hub model, after the small JSON files that came with it were found harmless."""
+    if "config.json" not in sizes:
+        raise BadInputError(f"{repo} has no config.json: it is not a Hugging Face checkpoint")
+    small = [file for file in sizes if _is_needed(file) and file.endswith(".json") and file not in TOKENIZERS]
+    for file in small:
+        if sizes[file] > MAX_JSON:
+            raise BadInputError(f"{repo}/{file} has {sizes[file]:,} bytes, more than the {MAX_JSON:,} that are read")
+    path = _snapshot(repo, commit, small)
+    _refuse_code(path, small)
+    config = _json(path / "config.json")
+    _architecture(path, config)
+    if not any(name in sizes for name in TOKENIZERS):
+        raise BadInputError(f"{repo} has no tokenizer (tokenizer.model or tokenizer.json)")
+    return config
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What can be told of a model before anything large is done: numbers of weights, bytes still to be downloaded."""
+
+    n_parameters: int
+    n_embedding: int  # 0 when it cannot be told
+    n_projector: int
+    download: int
+
+
+def preview(name: ModelName, work: Path) -> Preview:
+    """Look at a model without downloading its weights; raises what `fetch` would raise for it."""
+    if name.origin == "hub":
+        return _hub_preview(name)
+    path = name.location if name.location is not None else work / "demo" / demo.MODEL
+    if name.origin == "demo" and not (path / "config.json").is_file():
+        return Preview(demo.N_PARAMETERS, demo.N_EMBEDDING, 0, 0)
+    return _counts(examine(path).tensors)
+
+
+def _counts(tensors: Mapping[str, int]) -> Preview:
+    projector = sum(n for name, n in tensors.items() if re.search(r"(vision|audio|multi_modal|mm_|embed_(v|a))", name))
+    embedding = sum(n for name, n in tensors.items() if re.search(r"(^|\.)embed_tokens(_per_layer)?\.weight$", name))
+    return Preview(sum(tensors.values()), embedding, projector, 0)
+
+
+def _hub_preview(name: ModelName) -> Preview:
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
     repo = f"{name.org}/{name.model}"
     with _hub_errors(repo, name.revision):
-        commit, names = _listing(repo, name.revision)
-        wanted = [glob.escape(file) for file in names if _is_needed(file)]
-        return Path(snapshot_download(repo, revision=commit, allow_patterns=wanted)), commit
+        commit, sizes = _listing(repo, name.revision)
+        config = _configuration(repo, commit, sizes)
+    missing = sum(
+        size
+        for file, size in sizes.items()
+        if _is_needed(file) and not isinstance(try_to_load_from_cache(repo, file, revision=commit), str)
+    )
+    weights = sum(size for file, size in sizes.items() if _is_needed(file) and file.endswith(".safetensors"))
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    shape = [text.get(key) for key in ("vocab_size", "hidden_size")] if isinstance(text, dict) else []
+    lengths = [n for n in shape if type(n) is int and 0 < n < 2**31]
+    embedding = math.prod(lengths) if len(lengths) == 2 else 0
+    n_parameters = weights // 2  # 16 bits each, as all of Google's
+    return Preview(n_parameters, min(embedding, n_parameters), 0, missing)
 
 
 def count_hub_parameters(name: ModelName) -> int:
@@ -218,12 +289,12 @@ def count_hub_parameters(name: ModelName) -> int:
         return sum(HfApi().get_safetensors_metadata(repo, revision=commit).parameter_count.values())
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:
-    """(commit, file names) of a repository that can be converted; an adapter or pickles alone are refused."""
+def _listing(repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """(commit, {file: bytes}) of a repository that can be converted; an adapter or pickles alone are refused."""
     from huggingface_hub import HfApi  # noqa: PLC0415
 
-    info = HfApi().model_info(repo, revision=revision)
-    names = [sibling.rfilename for sibling in info.siblings or []]
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    names = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     if "adapter_config.json" in names:
         raise _adapter(repo)
     if not any(file.endswith(".safetensors") for file in names) and any(_is_pickle(file) for file in names):
@@ -511,10 +582,10 @@ def _chat_template(path: Path) -> str | None:
     if jinja.is_file():
         try:
             with jinja.open(encoding="utf-8") as text:
-                template = text.read(MAX_TEMPLATE + 1)
+                written = text.read(MAX_TEMPLATE + 1)
         except UnicodeDecodeError as error:
             raise BadInputError(f"{jinja} is not text: {error}", next_step="Download it again.") from error
-        return _bounded_template(template, jinja)
+        return _bounded_template(written, jinja)
     for file in ("chat_template.json", "tokenizer_config.json"):
         if (path / file).is_file():
             template = _json(path / file).get("chat_template")

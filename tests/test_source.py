@@ -444,9 +444,7 @@ def test_a_pickled_part_of_an_embedding_model_is_refused(small: Path) -> None:
     (small / "modules.json").write_text("[]")
     (small / "2_Dense").mkdir()
     (small / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
-    assert refusal(small) == (
-        "HERE/2_Dense has its weights only as pickles, which can run code when they are loaded"
-    )
+    assert refusal(small) == ("HERE/2_Dense has its weights only as pickles, which can run code when they are loaded")
 
 
 def test_a_pickle_called_safetensors_is_refused(small: Path) -> None:
@@ -508,9 +506,7 @@ def test_the_hubs_cache_is_fine_and_nothing_else_that_looks_like_it(small: Path)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("{}")
     (snapshot / "generation_config.json").symlink_to("../../refs/main")
-    assert refusal(snapshot) == (
-        f"HERE/generation_config.json is a link out of the checkpoint, to {repo}/refs/main"
-    )
+    assert refusal(snapshot) == (f"HERE/generation_config.json is a link out of the checkpoint, to {repo}/refs/main")
 
 
 @pytest.mark.parametrize("shard", ["../2.safetensors", "/etc/passwd", "a/../../2.safetensors", "..\\2.safetensors"])
@@ -555,9 +551,7 @@ def test_a_chat_template_that_is_too_long_is_refused(file: str, small: Path) -> 
     assert source.MAX_TEMPLATE == chat.MAX_TEMPLATE_BYTES
     text = "x" * (source.MAX_TEMPLATE + 1)
     (small / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
-    assert refusal(small) == (
-        f"the chat template in HERE/{file} has more than the 1,000,000 characters that are read"
-    )
+    assert refusal(small) == (f"the chat template in HERE/{file} has more than the 1,000,000 characters that are read")
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(small: Path) -> None:
