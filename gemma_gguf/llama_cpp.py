@@ -34,6 +34,7 @@ import psutil
 from gemma_gguf.errors import BadInputError, DiskError, MissingToolError, ToolFailedError
 from gemma_gguf.files import locked, open_log, sha256_bytes, sha256_json, sha256_tree, write_atomic
 from gemma_gguf.progress import Progress, silent
+from gemma_gguf.redact import HUB_TOKENS, Redactor, known_secrets
 
 DEFAULT_SPEC = "pypi:0.3.36"
 REPOSITORY = "https://github.com/ggml-org/llama.cpp"
@@ -103,9 +104,15 @@ class RunLog:
         # One small file for each child that runs now; what is there when the lock is taken was left by a crash.
         self.running = path.parent / "running"
         self._file: IO[bytes] | None = None
+        self.redactor = Redactor(known_secrets())
 
     def write(self, data: bytes) -> None:
-        """Append; the file appears with its first byte."""
+        """Append without secrets; the file appears with its first byte."""
+        self._append(self.redactor.feed(data))
+
+    def _append(self, data: bytes) -> None:
+        if not data:
+            return
         # A log that cannot be written is no reason to stop; what is worth stopping for is written elsewhere.
         with contextlib.suppress(OSError):
             if self._file is None:
@@ -115,9 +122,11 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """One line of our own, marked and dated."""
-        self.write(f"## {time.strftime('%H:%M:%S')} {text}\n".encode())
+        self._append(self.redactor.rest())
+        self._append(self.redactor.text(f"## {time.strftime('%H:%M:%S')} {text}\n").encode())
 
     def close(self) -> None:
+        self._append(self.redactor.rest())
         if self._file is not None:
             self._file.close()
 
@@ -144,9 +153,9 @@ def run_tool(
     """Run a child to its end; stdout and stderr go, together and in order, to the log and to `on_piece`.
 
     `on_piece` gets the output cut at `separators`, as it comes (llama-imatrix separates its progress by commas).
-    `env` is added to this process's environment. Raises `ToolFailedError` with the last lines when the exit code is
-    not in `ok_codes`, `MissingToolError` when there is no such program. The child and its own children are stopped if
-    this process is interrupted.
+    `env` is added to this process's environment, less the Hub's tokens. Raises `ToolFailedError` with the last lines
+    when the exit code is not in `ok_codes`, `MissingToolError` when there is no such program. The child and its own
+    children are stopped if this process is interrupted.
     """
     words = tuple(str(word) for word in argv)
     log.note(f"{shlex.join(words)}" + (f"   (in {cwd})" if cwd else ""))
@@ -155,7 +164,7 @@ def run_tool(
         child = subprocess.Popen(
             words,
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={**{name: os.environ[name] for name in os.environ if name not in HUB_TOKENS}, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -195,7 +204,7 @@ def run_tool(
     output = collected.decode("utf-8", errors="replace")
     if code not in ok_codes:
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        last = "\n".join(output.strip().splitlines()[-TAIL_LINES:])
+        last = log.redactor.text("\n".join(output.strip().splitlines()[-TAIL_LINES:]))
         raise ToolFailedError(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
     return ToolRun(words, output, seconds)
 

@@ -116,6 +116,7 @@ class Hub:
         self.storage = ""  # the same server by another host name, as large files lie on another host
         self.requests: list[Request] = []
         self._repos: dict[tuple[str, str], Repo] = {}
+        self.pages: dict[str, Callable[[Request], Reply]] = {}  # by path, for what belongs to no repository
         name = r"(?P<name>[^/]+/[^/]+)"
         # First match wins; API before files, as files can be called anything.
         self.routes: list[tuple[str, str, Handler]] = [
@@ -146,6 +147,8 @@ class Hub:
 
     def answer(self, request: Request) -> Reply:
         self.requests.append(request)
+        if request.path in self.pages:
+            return self.pages[request.path](request)
         for method, pattern, handler in self.routes:
             wanted = request.method == method or (request.method, method) == ("HEAD", "GET")
             if wanted and (match := re.fullmatch(pattern, request.path)):
@@ -171,7 +174,10 @@ class Hub:
     # --- handlers: (request, repo, commit, what the route's pattern named) -------------------------------------
 
     def _info(self, request: Request, repo: Repo, commit: str) -> Reply:
-        siblings = [{"rfilename": file} for file in files_of(repo.commits[commit])]
+        directory = repo.commits[commit]
+        siblings: list[dict[str, Any]] = [{"rfilename": file} for file in files_of(directory)]
+        if request.query.get("blobs") == ["true"]:
+            siblings = [{**row, "size": (directory / row["rfilename"]).stat().st_size} for row in siblings]
         facts = {"id": repo.name, "sha": commit, "private": False, "gated": "manual" if repo.gated else False}
         return _json({**facts, "tags": [], "siblings": siblings})
 

@@ -1,6 +1,7 @@
 """Writes that are whole or not at all, hashes that are remembered, and locks held against real processes."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gemma_gguf import files
-from gemma_gguf.errors import BusyError
+from gemma_gguf.errors import BusyError, DiskError
 from gemma_gguf.files import HashMemory, link_or_copy, locked, partial_path, replace_durably, write_atomic
 
 ROOT = Path(__file__).parents[1]
@@ -438,6 +439,73 @@ def test_tree_hash_skips_directories_at_any_depth(tmp_path: Path) -> None:
     other = _tree(tmp_path / "b", content)
     assert files.sha256_tree(other, frozenset({".git", "__pycache__", "build"})) == plain
     assert files.sha256_tree(other, frozenset({".git", "build"})) != plain
+
+
+# --- two writers of one file -------------------------------------------------------------------------------------
+
+RACE = """
+import sys
+from pathlib import Path
+from gemma_gguf.files import write_atomic
+path, letter = Path(sys.argv[1]), sys.argv[2].encode()
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(200):
+    write_atomic(path, letter * 100_000)
+"""
+
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    """The user's cache is shared by runs without a lock: whoever is last wins, and every state is whole."""
+    path = tmp_path / "speeds" / "key.json"
+    seen = set()
+    with _running(RACE, path, "a") as first, _running(RACE, path, "b") as second:
+        for writer in (first, second):
+            assert _line(writer) == b"ready\n"
+        for writer in (first, second):
+            assert writer.stdin is not None
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
+        while first.poll() is None or second.poll() is None:
+            if path.exists():
+                seen.add(path.read_bytes())
+        assert (first.returncode, second.returncode) == (0, 0)
+    assert seen <= {b"a" * 100_000, b"b" * 100_000}
+    assert [p.name for p in path.parent.iterdir()] == ["key.json"]
+
+
+def _leftover(path: Path, host: str, pid: int, age: float = 0) -> Path:
+    left = path.with_name(f"{path.stem}.{host}-{pid}-1.partial{path.suffix}")
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - age,) * 2)
+    return left
+
+
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    here = files._here()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone = [_leftover(path, here, ended.pid), _leftover(path, "ffffff", os.getpid(), age=90_000)]
+    kept = [
+        _leftover(path, here, os.getppid()),  # it runs
+        _leftover(path, "ffffff", ended.pid),  # of another machine, and young
+        _leftover(tmp_path / "b.json", here, ended.pid),  # another file's
+    ]
+    (tmp_path / "a.partial.json").write_bytes(b"another scheme")
+    write_atomic(path, b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.json", "a.partial.json", *(p.name for p in kept)])
+    assert not [p for p in gone if p.exists()]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_self: files.System, _descriptor: int, _data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.System, "write", full)
+    with pytest.raises(DiskError):
+        write_atomic(tmp_path / "a.json", b"new")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- locks ---------------------------------------------------------------------------------------------------------
