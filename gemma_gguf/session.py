@@ -29,7 +29,7 @@ from gemma_gguf import (
     source,
     tasks,
 )
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import (
     HashMemory,
     locked,
@@ -212,6 +212,10 @@ def open_run(
         state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {took:.0f} s", took))
         try:
             yield state
+        except GemmaGGUFError as error:
+            log.note(f"ended: {error.what}")
+            error.log = error.log or log_path
+            raise
         finally:
             memory.save()
 

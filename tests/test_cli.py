@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gemma_gguf
-from gemma_gguf import cli, llama_cpp, recipes, source
+from gemma_gguf import cli, llama_cpp, recipes, source, survey
+from gemma_gguf.doctor import Account
 from gemma_gguf.files import locked
 from gemma_gguf.llama_cpp import Build
 from tests.hub import Hub, serving
@@ -165,10 +166,8 @@ def test_sizes_are_decimal(text: str, n_bytes: int) -> None:
 ERRORS = pytest.mark.parametrize(
     ("argv", "what", "next_step"),
     [
-        (["run", "no-such-model"], "there is no model 'no-such-model': no such directory, and not a hub id", "hub id"),
         (["plan", "no-such-model"], "there is no model 'no-such-model': no such directory, and not a hub id", "hub id"),
         (["run", "demo", "--name", "x"], "--name 'x' is not ORG/MODEL", "--name my-org/my-gemma"),
-        (["quantize", "demo", "--recipes", "Q4_K_M,Q4_K_MM"], "unknown recipe 'Q4_K_MM'", "Q4_K_M"),
         (["build", "--llama-cpp", "zip:a"], "'zip:a' is no llama.cpp source", "pypi:"),
         (["build", "--llama-cpp", "dir:/nowhere"], "/nowhere is not a llama.cpp source tree", ""),
         (["verify", "/nowhere"], "/nowhere has no quantset.json: it is not a quant set", "gemma-gguf run MODEL"),
@@ -284,6 +283,54 @@ def test_a_build_as_a_document(build: Build) -> None:
     assert done.exit_code == 0
     assert json.loads(done.stdout) == json.loads(json.dumps(build.facts()))
     assert done.stderr == f"llama.cpp {build.version}, commit {build.commit[:9]}, cpu: {build.bin_dir}\n"
+
+
+# --- doctor ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, build: Build) -> Path:
+    """An empty working directory, the build in its place, and a hub that is asked for nothing."""
+    monkeypatch.delenv("GEMMA_GGUF_CACHE")
+    account = Account("https://hub.example", True, name="me", role="write")
+    monkeypatch.setattr(survey, "_account", lambda: account)
+    return elsewhere
+
+
+def test_the_doctor_of_a_machine(offline: Path) -> None:
+    done = call("doctor")
+    assert (done.exit_code, done.stdout) == (0, "")
+    rows = [line.rstrip().split(maxsplit=2) for line in done.stderr.splitlines()]
+    assert rows[0] == ["Check", "Verdict", "What"]
+    assert [row[:2] for row in rows[1:]] == [
+        [name, "ok"] for name in ("python", "packages", "tools", "backends", "memory", "writing", "hub", "publishing")
+    ]
+    assert not (offline / "out").exists()
+
+
+def test_the_doctor_of_a_run(offline: Path, text_checkpoint: Path) -> None:
+    done = call("doctor", text_checkpoint, "--recipes", "Q4_K_M", "--json")
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["ok"] is True
+    assert list(document["checks"][0]) == ["check", "status", "what", "next_step"]
+    found = {check["check"]: check["what"] for check in document["checks"]}
+    assert found["recipes"] == "Q4_K_M"
+    assert found["model"] == "1,869,440 parameters"
+    assert {"converter", "imatrix", "disk"} <= set(found)
+    assert not (offline / "out").exists()
+
+
+def test_the_doctor_says_everything_and_exits_with_1(offline: Path) -> None:
+    done = call("doctor", "no-such-model", "--recipes", "Q4_K_M,Q9_K", "--calibration", "none", "--json")
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    assert document["ok"] is False
+    failed = [check["check"] for check in document["checks"] if check["status"] == "fail"]
+    assert failed == ["calibration", "model", "recipes"]
+    assert "next:  model: Give demo, a checkpoint's directory, or a hub id" in done.stderr
+    assert "next:  recipes: " in done.stderr
+    assert not (offline / "out").exists()
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------

@@ -287,21 +287,6 @@ def test_another_process_with_the_number_of_a_child_is_left_alone(tmp_path: Path
 # --- what is broken is refused ----------------------------------------------------------------------------------------
 
 
-def test_nan_in_the_weights_is_found_before_any_work(build: Build, text_checkpoint: Path, tmp_path: Path) -> None:
-    """One NaN among the bfloat16 weights of a checkpoint: the tensor is named, and no base gets its name."""
-    assert build.key
-    checkpoint = shutil.copytree(text_checkpoint, tmp_path / "broken")
-    shard = checkpoint / "model-00001-of-00002.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-1001:-999] = b"\x7f\xc0" if len(data) % 2 else b"\xc0\x7f"
-    at = len(data) - 1002 + (len(data) % 2)
-    data[at : at + 2] = b"\xc0\x7f"
-    shard.write_bytes(data)
-    with pytest.raises(GemmaGGUFError, match=r"(NaN|Inf|nan|finite)"):
-        factory.run(Options(str(checkpoint), name="test/broken", out=tmp_path / "out", chunks=4))
-    assert not list((tmp_path / "out").rglob("*bf16.gguf"))
-
-
 def test_nan_in_a_finished_file_is_found(finished: Report, tmp_path: Path) -> None:
     path = Path(shutil.copy(finished.set_dir / f"{STEM}-Q8_0.gguf", tmp_path))
     tensor = gguf_io.read_header(path).by_name["output_norm.weight"]
@@ -325,17 +310,18 @@ def test_file_that_llama_cpp_does_not_load_is_refused(
     assert verify.check_load(finished.set_dir / f"{STEM}-Q8_0.gguf", text, build=build, log=log) == "bindings"
 
 
-@pytest.mark.parametrize("text", ["", "   \n", "too short"])
-def test_calibration_text_that_is_too_short(finished: Report, set_options: Options, tmp_path: Path, text: str) -> None:
-    (tmp_path / "text.txt").write_text(text)
+def test_calibration_text_that_is_too_short(finished: Report, set_options: Options, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("too short")
     options = replace(
         set_options,
         out=tmp_path / "out",
         base=finished.set_dir / f"{STEM}-bf16.gguf",
         calibration=str(tmp_path / "text.txt"),
     )
-    with pytest.raises(GemmaGGUFError, match=r"(is empty|has only \d+ tokens)"):
+    with pytest.raises(GemmaGGUFError, match=r"has only \d+ tokens") as caught:
         factory.run(options)
+    assert caught.value.log is not None
+    assert f"ended: {caught.value.what}\n" in caught.value.log.read_text()
     assert imatrix.file_name(STEM) not in {path.name for path in (tmp_path / "out").rglob("*")}
 
 
