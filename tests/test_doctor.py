@@ -553,26 +553,31 @@ def test_warnings_stand_in_the_log(
 # --- the hub ------------------------------------------------------------------------------------------------------
 
 LOOK = """
-import json, sys
+import json, os, sys
 from gemma_gguf import doctor, survey
 from gemma_gguf.session import Options
-model, thorough = sys.argv[1], sys.argv[2] == "thorough"
-facts = survey.look(Options(model, recipes=("Q4_0",)), thorough=thorough)
-print(json.dumps([check.document() for check in doctor.judge(facts)]))
-print(json.dumps([[need.stage, need.low] for need in facts.needs]))
+for model, token in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    facts = survey.look(Options(model, recipes=("Q4_0",)), thorough=not model)
+    checks = {check.name: check.document() for check in doctor.judge(facts)}
+    print(json.dumps([checks, {need.stage: need.low for need in facts.needs}]))
 """
+Looked = list[tuple[dict[str, dict[str, str]], dict[str, int]]]
 
 
-def looked(environment: Mapping[str, str], model: str, how: str, cwd: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """({check: its document}, {stage: bytes}) as a process of its own sees them: the hub's client reads its settings
-    when it is imported."""
+def looked(environment: Mapping[str, str], cwd: Path, *asked: tuple[str, str | None]) -> Looked:
+    """For each (model or "", token): the checks by name and the needs by stage, as another process sees them.
+
+    The hub's client reads its address when it is imported.
+    """
     env = {**environment, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, model, how], env=env, cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOOK, json.dumps(asked)], env=env, cwd=cwd, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    checks, sizes = map(json.loads, done.stdout.splitlines())
-    return {check["check"]: check for check in checks}, dict(sizes)
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def who(request: Request) -> Reply:
@@ -589,44 +594,51 @@ def who(request: Request) -> Reply:
     return Reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
 
-def test_a_hub_model_is_judged_by_its_listing(build: Build, tmp_path: Path) -> None:
-    """Before a byte of weights is fetched: its size, its architecture, its code, and what the account may do."""
+def test_a_hub_model_is_judged_before_its_weights_are_fetched(build: Build, tmp_path: Path) -> None:
+    """By its listing and its configuration: what there is to download, its architecture, its code, access to it."""
     content = write_small(tmp_path / "content", text_config={"vocab_size": 1000, "hidden_size": 64})
-    (content / "model.safetensors").write_bytes(safetensors_bytes({"a": (1000, 1000)}))
-    llama = write_small(tmp_path / "llama", "LlamaForCausalLM")
-    code = write_small(tmp_path / "code", auto_map={"AutoModel": "evil.Model"})
+    weights = content / "model.safetensors"
+    weights.write_bytes(safetensors_bytes({"a": (1000, 1000)}))
+    says = {
+        "llama": "holds a LlamaForCausalLM, which is not a Gemma architecture",
+        "code": "asks to run the model's own code (auto_map); code of a model is never executed here",
+        "gated": "org/gated is gated and this account has no access to it",
+        "nothing": "there is no model org/nothing on the hub, or it is private",
+    }
     with serving() as hub:
-        for name, directory in (("model", content), ("llama", llama), ("code", code)):
-            hub.repo(f"org/{name}").commit(directory, "main")
+        hub.repo("org/model").commit(content, "main")
+        hub.repo("org/llama").commit(write_small(tmp_path / "llama", "LlamaForCausalLM"), "main")
+        hub.repo("org/code").commit(write_small(tmp_path / "code", auto_map={"AutoModel": "evil.Model"}), "main")
         hub.repo("org/gated", gated=True).commit(content, "main")
+        asked = [(f"org/{name}", None) for name in ("model", *says)]
+        (checks, sizes), *others = looked(hub.environment(tmp_path / "home"), tmp_path, *asked)
+        fetched = [r.path for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert fetched == []
+    n_bytes = weights.stat().st_size
+    assert checks["model"]["what"] == f"{n_bytes // 2:,} parameters"
+    assert n_bytes <= sizes["download"] <= n_bytes + (content / "tokenizer.json").stat().st_size
+    assert "hub" not in checks
+    for (refused, _), what in zip(others, says.values(), strict=True):
+        assert refused["model"]["status"] == "fail"
+        assert refused["model"]["what"].endswith(what)
+
+
+def test_what_a_token_may_do(build: Build, tmp_path: Path) -> None:
+    expected = {
+        "hf_writer": ("ok", "the token of me may write"),
+        "hf_fine": ("ok", "the token of me may write to org"),
+        "hf_reader": ("warn", "the token of me may only read (read): nothing can be published with it"),
+        None: ("warn", "no token: nothing can be published, and gated models cannot be read"),
+    }
+    with serving() as hub:
         hub.pages["/api/whoami-v2"] = who
-        checks, sizes = looked(hub.environment(tmp_path / "home"), "org/model", "quick", tmp_path)
-        assert checks["model"]["what"] == f"{(content / 'model.safetensors').stat().st_size // 2:,} parameters"
-        weights = (content / "model.safetensors").stat().st_size
-        assert weights <= sizes["download"] <= weights + (content / "tokenizer.json").stat().st_size
-        assert "hub" not in checks
-        assert not [r for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
-        for name, says in {
-            "llama": "holds a LlamaForCausalLM, which is not a Gemma architecture",
-            "code": "asks to run the model's own code (auto_map); code of a model is never executed here",
-            "gated": "org/gated is gated and this account has no access to it",
-            "nothing": "there is no model org/nothing on the hub, or it is private",
-        }.items():
-            checks, _ = looked(hub.environment(tmp_path / "home"), f"org/{name}", "quick", tmp_path)
-            assert checks["model"]["status"] == "fail"
-            assert checks["model"]["what"].endswith(says)
-        for token, status, what in (
-            ("hf_writer", "ok", "the token of me may write"),
-            ("hf_fine", "ok", "the token of me may write to org"),
-            ("hf_reader", "warn", "the token of me may only read (read): nothing can be published with it"),
-            (None, "warn", "no token: nothing can be published, and gated models cannot be read"),
-        ):
-            checks, _ = looked(hub.environment(tmp_path / str(token), token=token), "", "thorough", tmp_path)
-            assert (checks["publishing"]["status"], checks["publishing"]["what"]) == (status, what)
-        checks, _ = looked(hub.environment(tmp_path / "bad", token="hf_bad"), "", "thorough", tmp_path)
-        assert checks["publishing"]["what"].startswith("the hub does not accept the token (")
-        assert "hf_bad" not in json.dumps(checks)
+        asked = [("", token) for token in (*expected, "hf_bad")]
+        *told, (bad, _) = looked(hub.environment(tmp_path / "home"), tmp_path, *asked)
         offline = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-        checks, _ = looked(offline, "", "thorough", tmp_path)
-        assert checks["hub"]["status"] == "warn"
-        assert "HF_HUB_OFFLINE is set" in checks["hub"]["what"]
+        ((away, _),) = looked(offline, tmp_path, ("", None))
+    for (checks, _), verdict in zip(told, expected.values(), strict=True):
+        assert (checks["publishing"]["status"], checks["publishing"]["what"]) == verdict
+    assert bad["publishing"]["what"].startswith("the hub does not accept the token (")
+    assert "hf_bad" not in json.dumps(bad)
+    assert away["hub"]["status"] == "warn"
+    assert "HF_HUB_OFFLINE is set" in away["hub"]["what"]
