@@ -211,8 +211,12 @@ def material_for(facts: Manifest, base: Path) -> Material:
     if template is None:
         return evaluate.plain_material(calibration.held_out())
     header = gguf_io.read_header(base)
-    pieces = header.get("tokenizer.ggml.tokens")
-    special = {name: pieces[header.get(f"tokenizer.ggml.{name}_token_id")] for name in ("bos", "eos")}
+    pieces = header.get("tokenizer.ggml.tokens", [])
+    special = {"bos": "", "eos": ""}  # where the file names none, the template gets none
+    for name in special:
+        number = header.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and number < len(pieces):
+            special[name] = pieces[number]
     return evaluate.chat_material(
         "heldout",
         calibration.held_out_conversations(),
