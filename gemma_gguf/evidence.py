@@ -59,6 +59,7 @@ class _Set:
     log: RunLog
     progress: Progress
     say: Callable[[Done], None]
+    whole: bool = True  # every file of the manifest must be there; not so while they are taken away, wave by wave
 
     def note(self, sha256: str, *, quality: Quality | None = None, speed: Speed | None = None) -> None:
         """Write down what was measured of the bytes with this hash; the other half of the evidence stays."""
@@ -85,6 +86,7 @@ def evaluate_run(state: Run) -> None:
         log=state.log,
         progress=state.progress,
         say=state.did,
+        whole=state.take_away is None,
     )
     options = state.options
     how = Measuring(
@@ -135,20 +137,20 @@ def evaluate_set(
 
 def _measure(these: _Set, how: Measuring) -> None:
     started = time.monotonic()
-    entries = _distinct(these)
-    base, base_sha256 = _base(these, entries, how.reference)
-    chosen = evaluate.bench_choice(entries, how.bench)
+    present = _present(these)
+    base, base_sha256 = _base(these, present, how.reference)
+    chosen = evaluate.bench_choice(present, how.bench)
     before = these.manifest.evidence
     if (reason := _no_quality(these)) is None:
-        key = _measure_quality(these, entries, base, base_sha256, how)
+        key = _measure_quality(these, present, base, base_sha256, how)
     else:
         these.say(Done("evaluate", "quality", False, reason, 0.0))
         key = sha256_json(["evaluate", reason])
     if these.manifest.model.gguf_arch not in NO_LOGITS:
         _measure_speed(these, chosen, how)
     # What no file of the set is any more would stay forever.
-    present = {base_sha256, *(entry.sha256 for entry in these.manifest.files)}
-    kept = {sha256: found for sha256, found in these.manifest.evidence.items() if sha256 in present}
+    named = {base_sha256, *(entry.sha256 for entry in these.manifest.files)}
+    kept = {sha256: found for sha256, found in these.manifest.evidence.items() if sha256 in named}
     if kept != before:
         old = these.manifest.stages.get("evaluate")
         seconds = time.monotonic() - started + (old.seconds if old is not None and old.key == key else 0.0)
@@ -157,30 +159,38 @@ def _measure(these: _Set, how: Measuring) -> None:
         these.record(these.manifest.model_copy(update={"evidence": kept}).with_stage("evaluate", stage))
 
 
-def _distinct(these: _Set) -> list[FileEntry]:
-    """The model files of a set, each of several equal ones once; all are what the manifest says."""
-    found: dict[str, FileEntry] = {}
+def _present(these: _Set) -> list[FileEntry]:
+    """The model files that are there; all are what the manifest says."""
+    found: list[FileEntry] = []
     for entry in these.manifest.files:
-        if entry.kind != "model":
-            continue
         path = these.directory / entry.name
+        if entry.kind != "model" or not (these.whole or path.is_file()):
+            continue
         if not path.is_file() or these.memory.sha256(path) != entry.sha256:
             raise VerificationError(
                 f"{path} is not the file that {manifest.FILE_NAME} names",
                 next_step="Make it again with: gemma-gguf run MODEL",
             )
-        found.setdefault(entry.sha256, entry)
-    return list(found.values())
+        found.append(entry)
+    return found
 
 
-def _base(these: _Set, entries: Sequence[FileEntry], reference: str | None) -> tuple[Path, str]:
+def _names(entries: Sequence[FileEntry]) -> dict[str, str]:
+    """{sha256: what to call the file}: rows that are the same file have one name."""
+    names: dict[str, str] = {}
+    for entry in entries:
+        names[entry.sha256] = f"{names[entry.sha256]} = {entry.recipe}" if entry.sha256 in names else entry.name
+    return names
+
+
+def _base(these: _Set, present: Sequence[FileEntry], reference: str | None) -> tuple[Path, str]:
     """(what all files are compared with, its sha256): the base, or a quant that stands in for it."""
     if reference is not None:
-        wanted = next((e for e in these.manifest.files if (e.recipe or "").upper() == reference.upper()), None)
+        wanted = next((entry for entry in present if (entry.recipe or "").upper() == reference.upper()), None)
         if wanted is None:
             raise BadInputError(
                 f"this set has no {reference} to compare with",
-                next_step=f"Choose from: {', '.join(str(entry.recipe) for entry in entries)}.",
+                next_step=f"Choose from: {', '.join(str(entry.recipe) for entry in present)}.",
             )
         return these.directory / wanted.name, wanted.sha256
     name = convert.base_name(these.manifest.stem)
@@ -226,7 +236,7 @@ def material_for(facts: Manifest, base: Path) -> Material:
     )
 
 
-def _measure_quality(these: _Set, entries: Sequence[FileEntry], base: Path, base_sha256: str, how: Measuring) -> str:
+def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base_sha256: str, how: Measuring) -> str:
     """Measure the base against itself, then every file; returns the key of what all were measured with."""
     material = material_for(these.manifest, base)
     against = Against(
@@ -238,8 +248,8 @@ def _measure_quality(these: _Set, entries: Sequence[FileEntry], base: Path, base
         threads=evaluate.threads_or_default(how.threads),
         gpu_layers=how.gpu_layers,
     )
-    names = {base_sha256: base.name} | {entry.sha256: entry.name for entry in entries}
-    paths = {entry.sha256: these.directory / entry.name for entry in entries} | {base_sha256: base}
+    names = {base_sha256: base.name} | _names(present)
+    paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
     n_vocab = 0
     if not all(against.measured(these.known(sha256).quality) for sha256 in names):
         n_available, n_vocab = evaluate.count_chunks(these.build, base, material, these.work, these.log)
@@ -283,12 +293,13 @@ def _shown(quality: Quality) -> str:
 
 def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> None:
     threads = evaluate.threads_or_default(how.threads)
+    names = _names(chosen)
     todo: list[FileEntry] = []
-    for entry in chosen:
+    for entry in {entry.sha256: entry for entry in chosen}.values():
         speed = these.known(entry.sha256).speed
         if speed is not None and evaluate.speed_is_current(speed, these.build, threads):
             why = f"the same file, build and machine: {_shown_speed(speed)}"
-            these.say(Done("evaluate", entry.name, False, why, 0.0))
+            these.say(Done("evaluate", names[entry.sha256], False, why, 0.0))
         else:
             todo.append(entry)
     if not todo:
@@ -305,7 +316,7 @@ def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> 
     took = (time.monotonic() - begun) / len(todo)
     for entry, speed in zip(todo, found, strict=True):
         these.note(entry.sha256, speed=speed)
-        these.say(Done("evaluate", entry.name, True, _shown_speed(speed), took))
+        these.say(Done("evaluate", names[entry.sha256], True, _shown_speed(speed), took))
 
 
 def _shown_speed(speed: Speed) -> str:

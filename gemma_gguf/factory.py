@@ -430,6 +430,8 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
         if state.options.proof and to_prove in wave:
             proof.prove_run(state, again=True)
         if state.take_away is not None:
+            if state.options.until in ("evaluate", "card"):
+                _evaluate(state)
             for item in items:
                 state.take_away(state.set_dir / file_name(state, item.recipe))
 
