@@ -236,6 +236,7 @@ def _loaded(path: str, settings: Settings) -> Iterator[_Forward]:
         raise RuntimeError(f"llama.cpp cannot load {path}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = settings["chunk_size"]
+    params.swa_full = False  # as llama.cpp's tools have it
     params.n_threads = params.n_threads_batch = settings["threads"]
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:

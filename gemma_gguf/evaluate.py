@@ -30,7 +30,7 @@ from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
 # Of plain text, and conversations: about as many tokens are computed.
-DEFAULT_CHUNKS: Mapping[str, int] = {"plain": 6, "chat": 12}
+DEFAULT_CHUNKS: Mapping[str, int] = {"plain": 10, "chat": 20}
 DISK_BUDGET = 8_000_000_000  # bytes; the whole held-out text takes 6.6 GB with Gemma's vocabulary
 FREE_RESERVE = 1_000_000_000  # bytes of the disk that stay free
 
@@ -282,9 +282,12 @@ def speed_is_current(speed: Speed | None, build: Build, threads: int) -> bool:
 
 
 def bench_argv(build: Build, model: Path, *, threads: int, gpu_layers: int) -> list[str]:
-    """One visit of llama-bench to a file: prompt processing and generation, once each after a warm-up."""
+    """One visit of llama-bench to a file: prompt processing and generation, once each after a warm-up.
+
+    It says what it does, because its memory is looked at whenever it says something.
+    """
     argv = [str(build.tool("llama-bench")), "-m", str(model), "-p", str(BENCH_PROMPT), "-n", str(BENCH_GENERATE)]
-    return [*argv, "-r", "1", "-t", str(threads), "-ngl", str(gpu_layers), "-o", "jsonl"]
+    return [*argv, "-r", "1", "-t", str(threads), "-ngl", str(gpu_layers), "-o", "jsonl", "--progress"]
 
 
 def parse_bench_log(output: str) -> tuple[list[float], list[float]]:
@@ -312,8 +315,8 @@ def bench(
 ) -> list[Speed]:
     """Speed and memory of files, in `rounds` visits to all of them in turn: what else the machine does hits all alike.
 
-    Standard errors come from the spread over the visits. Memory is the most that llama-bench had resident when it
-    reported a result: weights (also those mapped from the file, as far as they are in memory), KV cache and buffers.
+    Standard errors come from the spread over the visits. Memory is the most that llama-bench had resident whenever it
+    said what it does: weights (also those mapped from the file, as far as they are in memory), KV cache and buffers.
     """
     prompt: list[list[float]] = [[] for _ in files]
     generate: list[list[float]] = [[] for _ in files]

@@ -566,7 +566,23 @@ def test_bench_argv() -> None:
     build = Build(Path("/build"), "key", "", "", "", 0, "", "cpu", "", (), "", 0.0)
     argv = evaluate.bench_argv(build, Path("m.gguf"), threads=3, gpu_layers=5)
     assert argv[0] == "/build/bin/llama-bench"
-    assert argv[1:] == ["-m", "m.gguf", "-p", "512", "-n", "64", "-r", "1", "-t", "3", "-ngl", "5", "-o", "jsonl"]
+    assert argv[1:] == [
+        "-m",
+        "m.gguf",
+        "-p",
+        "512",
+        "-n",
+        "64",
+        "-r",
+        "1",
+        "-t",
+        "3",
+        "-ngl",
+        "5",
+        "-o",
+        "jsonl",
+        "--progress",
+    ]
 
 
 def test_bench_log_is_read_among_other_lines() -> None:
