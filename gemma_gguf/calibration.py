@@ -9,6 +9,7 @@ so that the first chunks of either text already hold every kind: `--chunks` cuts
 import difflib
 import http.client
 import random
+import re
 import tomllib
 import urllib.error
 import urllib.request
@@ -22,6 +23,10 @@ from gemma_gguf.resources import CALIBRATION
 SEPARATOR = "\n%%%%\n"  # between documents of one part
 MAX_FETCHED = 100_000_000  # bytes of a public set; they have some 0.3 MB
 SPLITS = ("mix", "heldout")
+TURN = re.compile(r"<start_of_turn>(\w+)\n(.*?)<end_of_turn>", re.DOTALL)  # in the parts of kind `chat`
+CONTINUE = "Continue this text:"
+
+Conversation = list[dict[str, str]]  # messages with `role` and `content`
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def write_table() -> Path:
     return table
 
 
-def _interleaved(split: str) -> Text:
+def _documents(split: str) -> list[str]:
     """All documents of a split in a fixed order that keeps every kind spread over the whole length.
 
     Each document gets a place at an even distance within its kind, shifted by a seeded random number.
@@ -135,13 +140,37 @@ def _interleaved(split: str) -> Text:
         offset = rng.random()
         placed += [((i + offset) / len(documents), text) for i, text in enumerate(documents)]
     placed.sort()
-    joined = "\n\n".join(text.strip("\n") for _, text in placed) + "\n"
+    return [text.strip("\n") for _, text in placed]
+
+
+def _interleaved(split: str) -> Text:
+    joined = "\n\n".join(_documents(split)) + "\n"
     return Text("default" if split == "mix" else "heldout", f"gemma-gguf calibration/{split}", joined.encode("utf-8"))
 
 
 def held_out() -> Text:
     """The text that quality is measured on; never part of any imatrix of ours."""
     return _interleaved("heldout")
+
+
+def held_out_conversations() -> list[Conversation]:
+    """The same documents as conversations that begin with `user` and end with `assistant`, in the same order.
+
+    Those written in turns are taken as they are. Of any other document the user brings the first third, and the model
+    goes on with the rest.
+    """
+    return [_conversation(document) for document in _documents("heldout")]
+
+
+def _conversation(document: str) -> Conversation:
+    if turns := TURN.findall(document):
+        roles = {"model": "assistant"}
+        return [{"role": roles.get(role, role), "content": text.strip()} for role, text in turns]
+    third = len(document) // 3
+    space = re.compile(r"\s").search(document, third, 2 * third)  # some scripts have none
+    cut = space.start() if space else third
+    opening, rest = document[:cut].strip(), document[cut:].strip()
+    return [{"role": "user", "content": f"{CONTINUE}\n\n{opening}"}, {"role": "assistant", "content": rest}]
 
 
 def load(name: str, download_dir: Path) -> Text:

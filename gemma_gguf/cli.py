@@ -15,6 +15,8 @@ import gemma_gguf
 from gemma_gguf import (
     calibration,
     demo,
+    evaluate,
+    evidence,
     factory,
     fanout,
     kernel_check,
@@ -28,7 +30,7 @@ from gemma_gguf import (
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
-from gemma_gguf.session import Options
+from gemma_gguf.session import Done, Options
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -99,6 +101,43 @@ _build_options = _with_options(
     click.option("--cmake-arg", "cmake_args", multiple=True, metavar="ARG", help="Added to CMake's arguments."),
     _wait,
 )
+_threads = click.option("--threads", type=click.IntRange(1), help="Threads of llama.cpp's tools (default: all cores).")
+_gpu_layers = click.option(
+    "--gpu-layers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Layers on the GPU for the imatrix and the evaluation.",
+)
+_reference = click.option(
+    "--from",
+    "reference",
+    metavar="RECIPE",
+    help="Compute the imatrix with this quant of the base and compare with it, where the base is too large: Q8_0.",
+)
+_evaluation_options = _with_options(
+    click.option(
+        "--eval-chunks",
+        type=click.IntRange(1),
+        help=f"Measure quality on N chunks of {evaluate.CHUNK_TOKENS} tokens, or on N conversations "
+        f"(default: {evaluate.DEFAULT_CHUNKS['plain']}, {evaluate.DEFAULT_CHUNKS['chat']}).",
+        metavar="N",
+    ),
+    click.option(
+        "--eval-disk-budget",
+        type=_Size(),
+        default=evaluate.DISK_BUDGET,
+        show_default="8GB",
+        metavar="SIZE",
+        help="Keep the base's distributions on the disk while they take no more than this; else compute them again "
+        "for every file.",
+    ),
+    click.option(
+        "--bench",
+        metavar="all|none|A,B,...",
+        help=f"Recipes whose speed is measured (default: {', '.join(evaluate.BENCH_DEFAULT)}).",
+    ),
+)
 _set_options = _with_options(
     click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
     click.option(
@@ -124,10 +163,9 @@ _set_options = _with_options(
         type=click.Path(path_type=Path, dir_okay=False),
         help="Use this BF16, F16 or F32 GGUF; convert nothing.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="Threads of llama.cpp's tools (default: all cores)."),
-    click.option(
-        "--gpu-layers", type=click.IntRange(0), default=0, show_default=True, help="Layers on the GPU for the imatrix."
-    ),
+    _threads,
+    _gpu_layers,
+    _reference,
     click.option(
         "--engine",
         type=click.Choice(["fanout", "llama-quantize"]),
@@ -196,14 +234,27 @@ def build(ctx: click.Context, llama_cpp_spec: str, backend: str, cmake_args: tup
     console.document({**made.facts(), "kernels": str(kernels.library) if kernels else None})
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    """What stands between the commas."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _bench(text: str | None) -> tuple[str, ...] | None:
+    """None for the default, else names; `all` and `none` stand alone."""
+    names = tuple(name.lower() if name.lower() in ("all", "none") else name for name in _names(text))
+    if len(names) > 1 and not {"all", "none"}.isdisjoint(names):
+        raise click.BadParameter("all and none stand alone", param_hint="--bench")
+    return names or None
+
+
 def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
-    names = given["recipe_names"]
+    names = _names(given["recipe_names"])
     return Options(
         model=given["model"] or "",
         name=given["name"],
         out=given["out"],
-        recipes=tuple(n.strip() for n in names.split(",") if n.strip()) if names else recipes.DEFAULT_NAMES,
+        recipes=names or recipes.DEFAULT_NAMES,
         llama_cpp=given["llama_cpp_spec"],
         backend=given["backend"],
         cmake_args=given["cmake_args"],
@@ -220,6 +271,11 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
         proof=given["proof"],
+        evaluate=given.get("evaluate", True),
+        eval_chunks=given.get("eval_chunks"),
+        eval_disk_budget=given.get("eval_disk_budget", evaluate.DISK_BUDGET),
+        bench=_bench(given.get("bench")),
+        reference=given["reference"],
         until=until,
         rehash=given["rehash"],
         wait=given["wait"],
@@ -255,6 +311,10 @@ _templates = click.option(
 
 @main.command()
 @_run_options
+@click.option(
+    "--evaluate/--no-evaluate", default=True, show_default=True, help="Measure quality and speed before the card."
+)
+@_evaluation_options
 @_templates
 @click.pass_context
 def run(ctx: click.Context, /, **given: Any) -> None:
@@ -365,6 +425,59 @@ def verify(ctx: click.Context, /, directory: Path, *, against: str | None, sampl
         else []
     )
     console.document({"files": [vars(result) for result in results], "whole": True, "identical": compared})
+
+
+@main.command(name="evaluate")
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@_evaluation_options
+@_reference
+@_threads
+@_gpu_layers
+@_build_options
+@_json
+@click.pass_context
+def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> None:
+    """Measure quality and speed of the set in DIRECTORY; what was measured before is kept.
+
+    Every file is compared with the base on text that no calibration saw: perplexity, KL divergence, token
+    probabilities. `gemma-gguf card` shows the figures.
+
+    \b
+    gemma-gguf evaluate out/google_gemma-3-270m-GGUF --eval-chunks 40 --bench all
+    """
+    console = _console(ctx)
+    done: list[Done] = []
+
+    def say(what: Done) -> None:
+        done.append(what)
+        console.did(what)
+
+    facts = evidence.evaluate_set(
+        directory,
+        evidence.Measuring(
+            chunks=given["eval_chunks"],
+            disk_budget=given["eval_disk_budget"],
+            bench=_bench(given["bench"]),
+            reference=given["reference"],
+            threads=given["threads"],
+            gpu_layers=given["gpu_layers"],
+        ),
+        given["llama_cpp_spec"],
+        backend=given["backend"],
+        cmake_args=given["cmake_args"],
+        wait=given["wait"],
+        progress=console.progress,
+        say=say,
+    )
+    if any(what.made for what in done):
+        console.say(f"The card shows it after: gemma-gguf card {directory}")
+    console.document(
+        {
+            "set_dir": str(directory),
+            "done": [vars(what) for what in done],
+            "evidence": facts.model_dump(mode="json")["evidence"],
+        }
+    )
 
 
 @main.command()

@@ -16,6 +16,7 @@ from gemma_gguf import (
     calibration,
     card,
     convert,
+    evidence,
     fanout,
     gguf_io,
     imatrix,
@@ -81,12 +82,12 @@ def run(
     started = time.monotonic()
     warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
     name = source.understand(options.model, options.name)
-    stages = {"convert": _convert, "imatrix": _imatrix, "quantize": _quantize, "card": _card}
+    stages = {"convert": _convert, "imatrix": _imatrix, "quantize": _quantize, "evaluate": _evaluate, "card": _card}
     with open_run(options, name, progress, say, take_away) as state:
         for warning in warnings:
             state.log.note(f"{warning.name}: {warning.what}")
         for stage, function in stages.items():
-            if stage == "imatrix" and options.until in ("quantize", "card"):
+            if stage == "imatrix" and options.until in ("quantize", "evaluate", "card"):
                 planning.refuse_before_imatrix(state)
             function(state)
             if stage == options.until:
@@ -180,9 +181,8 @@ def _imatrix(state: Run) -> None:
         return
     text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
-    key = sha256_json(
-        ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
-    )
+    identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
+    key = sha256_json([*identity, options.reference] if options.reference else identity)
     if (why := stage_is_done(state, "imatrix", key)) is not None:
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
@@ -200,10 +200,12 @@ def _imatrix(state: Run) -> None:
             )
         n_chunks = min(n_chunks, options.chunks or n_chunks)
 
+    model, made_for_this = _imatrix_model(state)
+
     def argv_of(first: int, count: int | None, continue_from: str | None, out: str) -> list[str]:
         return imatrix.imatrix_argv(
             state.build,
-            state.base.name,
+            model.name,
             text.file_name,
             out,
             first_chunk=first,
@@ -225,10 +227,36 @@ def _imatrix(state: Run) -> None:
         raise
     replace_durably(computed, final)
     shutil.rmtree(parts)
+    if made_for_this:
+        model.unlink()
     facts = CalibrationFacts(name=text.name, source=text.source, n_bytes=len(text.data), sha256=text.sha256)
     argv = argv_of(0, options.chunks, None, final.name)
     _record_imatrix(state, final, made, key=key, argv=argv, seconds=seconds, text=facts)
     state.did(Done("imatrix", final.name, True, why, seconds, final.stat().st_size))
+
+
+def _imatrix_model(state: Run) -> tuple[Path, bool]:
+    """(the model that reads the calibration text, whether it was made for that): the base, or with `--from` a quant.
+
+    The quant is made without an imatrix, as there is none yet, and kept while the imatrix is computed: a killed run
+    goes on with it.
+    """
+    if state.options.reference is None:
+        return state.base, False
+    (recipe,) = recipes.select([state.options.reference], quantize.offered_ftypes(state.build, state.log))
+    if recipe.is_base:
+        return state.base, False
+    model = state.work / f"imatrix-from-{recipe.name}-{state.memory.sha256(state.base)[:16]}-{state.build.key}.gguf"
+    if not model.exists():
+        partial = partial_path(model)
+        argv = quantize.quantize_argv(
+            state.build, recipe, state.base.name, partial.name, imatrix=None, threads=state.options.threads
+        )
+        quantize.run_llama_quantize(
+            argv, f"making {recipe.name} for the imatrix", cwd=state.work, log=state.log, progress=state.progress
+        )
+        replace_durably(partial, model)
+    return model, True
 
 
 def _given_imatrix(
@@ -406,6 +434,8 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
         if state.options.proof and to_prove in wave:
             proof.prove_run(state, again=True)
         if state.take_away is not None:
+            if state.options.until in ("evaluate", "card"):
+                _evaluate(state)
             for item in items:
                 state.take_away(state.set_dir / file_name(state, item.recipe))
 
@@ -522,6 +552,17 @@ def _fan_out(
         f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s of which {figures.quantize_seconds:.1f} in "
         f"the quantisers, {figures.read_bytes} bytes read, {figures.written_bytes} written"
     )
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def _evaluate(state: Run) -> None:
+    """Quality and speed of what is in the set by now."""
+    if state.options.evaluate:
+        evidence.evaluate_run(state)
+    else:
+        state.did(Done("evaluate", "quality and speed", False, "left out with --no-evaluate", 0.0))
 
 
 # --- card ---------------------------------------------------------------------------------------------------------

@@ -135,11 +135,16 @@ class RunLog:
 
 @dataclass(frozen=True)
 class ToolRun:
-    """A child process that ended with exit code 0: what was run, what it printed, how long it took."""
+    """A child process that ended with exit code 0: what was run, what it printed, how long it took.
+
+    `peak_memory` is the most resident memory, in bytes, that it had whenever it printed something; mapped files count
+    where they are in memory. 0 when it never printed.
+    """
 
     argv: tuple[str, ...]
     output: str
     seconds: float
+    peak_memory: int = 0
 
 
 def run_tool(
@@ -179,11 +184,14 @@ def run_tool(
         write_atomic(note, str(psutil.Process(child.pid).create_time()))
     collected = bytearray()
     pending = ""
+    peak_memory = 0
     cut = re.compile(separators)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a letter may come in two reads
     assert child.stdout is not None
     try:
         while chunk := os.read(child.stdout.fileno(), 1 << 16):
+            with contextlib.suppress(psutil.Error):
+                peak_memory = max(peak_memory, psutil.Process(child.pid).memory_info().rss)
             collected += chunk
             log.write(chunk)
             if on_piece is not None:
@@ -208,7 +216,7 @@ def run_tool(
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         last = log.redactor.text("\n".join(output.strip().splitlines()[-TAIL_LINES:]))
         raise ToolFailedError(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
-    return ToolRun(words, output, seconds)
+    return ToolRun(words, output, seconds, peak_memory)
 
 
 def ask_confined(
@@ -382,6 +390,20 @@ def machine_id() -> str:
                 features = " ".join(sorted(line.partition(":")[2].split()))
                 break
     return f"{platform.system()}-{platform.machine()}-{sha256_bytes(features.encode())[:12]}"
+
+
+def cpu_name() -> str:
+    """What this machine's processor is called."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_threads() -> int:
+    """Threads that computing profits from: one per physical core, as llama.cpp's tools take them by default."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def cmake_args(backend: str, extra: Sequence[str], commit: str, build_number: int) -> tuple[str, ...]:
@@ -716,10 +738,20 @@ def _unpack(source: _Source, partial: Path) -> tuple[Path, Path | None]:
     return archive_root / "vendor" / "llama.cpp", archive_root
 
 
-def ask_bindings(build: Build, command: str, model: Path, text: Path, log: RunLog) -> dict[str, Any]:
+def ask_bindings(
+    build: Build,
+    command: str,
+    model: Path,
+    text: Path,
+    log: RunLog,
+    *,
+    settings: Mapping[str, object] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
     """Run a command of `bindings.py` in a process of this build; its JSON answer.
 
-    Raises `ToolFailedError` when it fails. The build must have bindings.
+    `on_progress(done, total)` is called as the command says how far it is. Raises `ToolFailedError` when it fails. The
+    build must have bindings.
     """
     argv = [
         sys.executable,
@@ -730,13 +762,19 @@ def ask_bindings(build: Build, command: str, model: Path, text: Path, log: RunLo
         command,
         str(model.resolve()),
         str(text.resolve()),
+        json.dumps(settings or {}),
     ]
     env = python_env(build)
     # Last, so that a working directory or package of the same name cannot come before the build's own.
     env["PYTHONPATH"] = os.pathsep.join((env["PYTHONPATH"], str(Path(__file__).parents[1])))
-    output = run_tool(argv, log=log, env=env).output
-    answer = json.loads(output[output.index("{") :].splitlines()[0])
-    return dict(answer)
+
+    def show(line: str) -> None:
+        if match := re.fullmatch(r"progress ([0-9]{1,9}) ([0-9]{1,9})", line):
+            on_progress(int(match[1]), int(match[2]))
+
+    output = run_tool(argv, log=log, env=env, on_piece=show).output
+    answer = next(line for line in reversed(output.splitlines()) if line.startswith("{"))
+    return dict(json.loads(answer))
 
 
 def python_env(build: Build) -> dict[str, str]:

@@ -31,6 +31,7 @@ from gemma_gguf import (
     tasks,
 )
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
+from gemma_gguf.evaluate import DISK_BUDGET as EVAL_DISK_BUDGET
 from gemma_gguf.files import (
     HashMemory,
     locked,
@@ -44,7 +45,7 @@ from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
 
 WORK = ".work"
-STAGES = ("convert", "imatrix", "quantize", "card")
+STAGES = ("convert", "imatrix", "quantize", "evaluate", "card")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Options:
     max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
     disk_budget: int | None = None  # bytes
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
+    evaluate: bool = True
+    eval_chunks: int | None = None
+    eval_disk_budget: int = EVAL_DISK_BUDGET  # bytes of base distributions
+    bench: tuple[str, ...] | None = None  # recipes whose speed is measured, `("all",)` or `("none",)`
+    reference: str | None = None  # a recipe that stands in for a base too large to run
     until: str = "card"
     rehash: bool = False
     wait: bool = False
@@ -150,6 +156,8 @@ def given_checks(options: Options) -> list[tuple[str, Callable[[], object]]]:
     if options.imatrix is None and options.until != "convert":
         cache = llama_cpp.cache_dir() / "calibration"
         checks.append(("calibration", functools.partial(calibration.load, options.calibration, cache)))
+    if options.reference is not None:
+        checks.append(("--from", functools.partial(_given_reference, options)))
     if options.scheduler is not None:
         checks.append(("--scheduler", functools.partial(fanout.dask_workers, options.scheduler)))  # it answers
     return checks
@@ -170,6 +178,17 @@ def _given_imatrix(path: Path) -> None:
     if not path.is_file():
         raise BadInputError(f"there is no file {path}", next_step="Give --imatrix the path of a GGUF file.")
     imatrix.read(path)
+
+
+def _given_reference(options: Options) -> None:
+    any_build = dict.fromkeys([*quantize.KNOWN_FTYPES, *(recipe.ftype for recipe in recipes.TABLE.values())], "")
+    (reference,) = recipes.select([str(options.reference)], any_build)
+    evaluates = options.evaluate and options.until in ("evaluate", "card")
+    if evaluates and reference.name.upper() not in {name.upper() for name in options.recipes}:
+        raise BadInputError(
+            f"--from {reference.name} needs {reference.name} in the set: the other files are compared with it",
+            next_step="Add it to --recipes, or leave the evaluation out with --no-evaluate.",
+        )
 
 
 @contextlib.contextmanager

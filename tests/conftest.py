@@ -56,7 +56,13 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def set_options(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
-    return Options(str(vision_checkpoint), name="test/tiny-vision", out=tmp_path_factory.mktemp("out"), chunks=CHUNKS)
+    return Options(
+        str(vision_checkpoint),
+        name="test/tiny-vision",
+        out=tmp_path_factory.mktemp("out"),
+        chunks=CHUNKS,
+        evaluate=False,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,13 @@ def hashes(directory: Path) -> dict[str, str]:
 def both_engines(checkpoint: Path, tmp_path: Path, names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
     """Hashes of the set by fan-out and by the loop, from one base and one imatrix."""
     options = Options(
-        str(checkpoint), name="test/model", out=tmp_path / "fanout", chunks=16, recipes=("bf16", *names), proof=False
+        str(checkpoint),
+        name="test/model",
+        out=tmp_path / "fanout",
+        chunks=16,
+        recipes=("bf16", *names),
+        proof=False,
+        evaluate=False,
     )
     made = factory.run(options)
     loop = replace(
@@ -97,7 +103,7 @@ def test_experts_use_their_own_imatrix_slice(build: Build, tmp_path: Path) -> No
 def test_every_recipe_of_the_demo(build: Build, tmp_path: Path) -> None:
     """All 26 quants of real Gemma weights (about ten minutes)."""
     assert build.key
-    made = factory.run(Options("demo", out=tmp_path / "out"))
+    made = factory.run(Options("demo", out=tmp_path / "out", evaluate=False))
     compared = proof.prove_set(made.set_dir)
     assert sorted(compared) == sorted(set(recipes.DEFAULT_NAMES) - {"bf16"})
 

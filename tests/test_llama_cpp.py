@@ -317,6 +317,13 @@ def test_pieces(code: str, separators: str, pieces: list[str], log: RunLog) -> N
     assert got == pieces
 
 
+def test_memory_is_what_the_child_had_when_it_printed(log: RunLog) -> None:
+    full = run_tool(python("import time; kept = b'x' * 200_000_000; print('full'); time.sleep(1)"), log=log)
+    empty = run_tool(python("import time; print('empty'); time.sleep(1)"), log=log)
+    assert full.peak_memory - empty.peak_memory == pytest.approx(200_000_000, rel=0.15)
+    assert run_tool(["true"], log=log).peak_memory == 0
+
+
 def test_pieces_come_while_the_tool_runs(log: RunLog, tmp_path: Path) -> None:
     go = tmp_path / "go"
     wait = f"while [ ! -e {go} ]; do sleep 0.02; done"

@@ -31,7 +31,7 @@ def start(checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
         "--out",
         str(out),
     ]
-    command += ["--recipes", "bf16,Q8_0,Q4_K_M,Q4_0", "--chunks", "40", "--jobs", "2"]
+    command += ["--recipes", "bf16,Q8_0,Q4_K_M,Q4_0", "--chunks", "40", "--jobs", "2", "--no-evaluate"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
