@@ -38,6 +38,25 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Sampling(_Model):
+    """How the checkpoint's generation_config.json says to sample; `None` where it does not say."""
+
+    do_sample: bool | None
+    temperature: float | None
+    top_k: Count | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+
+
+class Support(_Model):
+    """Since when llama.cpp loads an architecture. `release` is None where no source names the first one."""
+
+    pull_request: Count
+    merged: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    release: Annotated[str, Field(pattern=r"^b\d{1,6}$")] | None
+
+
 class ModelFacts(_Model):
     """The checkpoint, read from its own files."""
 
@@ -56,6 +75,8 @@ class ModelFacts(_Model):
     qat: bool
     license: str | None
     chat_template: str | None
+    sampling: Sampling | None  # None: of schema 1, which did not record it
+    support: Support | None
     front_matter: dict[str, Any]  # of the original card
     base_is_dequantised: bool
 
@@ -184,6 +205,18 @@ class StageRecord(_Model):
     outputs: dict[str, Sha256]  # file -> hash; files of the work directory are named `.work/...`
 
 
+class CardChoices(_Model):
+    """What the maintainer chose for the card; kept, so that rendering it again asks for nothing."""
+
+    theme: Literal["modern", "classic"]
+    languages: list[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]]  # README.md is English
+    quantized_by: str
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")] | None  # None: unpublished
+
+
+DEFAULT_CARD = CardChoices(theme="modern", languages=["en"], quantized_by="gemma-gguf", repo=None)
+
+
 class Manifest(_Model):
     """The whole of `quantset.json`."""
 
@@ -195,7 +228,9 @@ class Manifest(_Model):
     calibration: CalibrationFacts | None
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
+    recipes: list[RecipeName]  # what the last run was asked for: a row without a file is not made yet
     files: list[FileEntry]
+    card: CardChoices
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
 
     def file(self, name: str) -> FileEntry | None:
@@ -246,8 +281,17 @@ def load(directory: Path) -> Manifest:
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1 with what schema 2 added."""
-    return {**raw, "schema_version": SCHEMA_VERSION, "evidence": {}}
+    """A document of schema 1 with what schema 2 added; what is wrong with it is left for the models to say."""
+    model, files = raw.get("model"), raw.get("files")
+    made = [entry.get("recipe") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    return {
+        **raw,
+        "schema_version": SCHEMA_VERSION,
+        "model": {**model, "sampling": None, "support": None} if isinstance(model, dict) else model,
+        "recipes": [name for name in made if isinstance(name, str)],
+        "card": DEFAULT_CARD.model_dump(),
+        "evidence": {},
+    }
 
 
 def _no_constant(name: str) -> float:
