@@ -45,6 +45,7 @@ from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import (
     WORK,
+    CardOptions,
     Done,
     Options,
     Report,
@@ -515,16 +516,32 @@ def _fan_out(
 def _card(state: Run) -> None:
     started = time.monotonic()
     manifest.save(state.manifest, state.set_dir)
-    made = write_card(state.set_dir, state.options.templates)
+    renderer = card.Renderer(state.options.templates)
+    made = write_card(state.set_dir, renderer)
     why = "rendered from quantset.json" if made else "quantset.json unchanged"
     state.did(Done("card", "README.md", made, why, time.monotonic() - started))
 
 
-def write_card(set_dir: Path, templates: Path | None = None) -> bool:
-    """Render README.md of a set from its manifest; False when it already was just that."""
-    text = card.render(manifest.load(set_dir), templates)
-    path = set_dir / "README.md"
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_atomic(path, text)
-    return True
+def write_card(set_dir: Path, renderer: card.Renderer, chosen: CardOptions | None = None) -> bool:
+    """Render README.md of a set and its translations from its manifest; False when they already were just that.
+
+    What is chosen now is recorded first, so that the next rendering needs no options. Cards in languages that are no
+    longer chosen are deleted: they would tell of an older state.
+    """
+    facts = manifest.load(set_dir)
+    choices = (chosen or CardOptions()).chosen(facts.card)
+    changed = choices != facts.card
+    if changed:
+        facts = facts.model_copy(update={"card": choices})
+        manifest.save(facts, set_dir)
+    files = card.card_files(tuple(choices.languages))
+    for language, name in files.items():
+        text, path = renderer.render(facts, language), set_dir / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+            changed = True
+    for name in set(card.card_files(tuple(card.LANGUAGES)).values()) - set(files.values()):
+        if (set_dir / name).is_file():
+            (set_dir / name).unlink()
+            changed = True
+    return changed

@@ -23,6 +23,7 @@ MAX_BYTES = 16_000_000  # of the whole document; that of the demo's 27 files has
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 # A file of the set, never a path out of it: one component, or two for a folder of shards.
 SetPath = Annotated[str, Field(pattern=r"^[\w][\w.+-]*(/[\w][\w.+-]*)?$", max_length=255)]
 
@@ -211,7 +212,7 @@ class CardChoices(_Model):
     theme: Literal["modern", "classic"]
     languages: list[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]]  # README.md is English
     quantized_by: str
-    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")] | None  # None: unpublished
+    repo: HubId | None  # None: not published
 
 
 DEFAULT_CARD = CardChoices(theme="modern", languages=["en"], quantized_by="gemma-gguf", repo=None)

@@ -619,7 +619,8 @@ def _sampling(path: Path) -> Sampling:
 
     def number(key: str) -> float | None:
         value = stated.get(key)
-        return float(value) if type(value) in (int, float) and 0 <= value < 1e6 else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and 0 <= value < 1e6 else None
 
     top_k, do_sample = stated.get("top_k"), stated.get("do_sample")
     return Sampling(

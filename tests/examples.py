@@ -2,6 +2,7 @@
 
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import (
+    DEFAULT_CARD,
     BuildFacts,
     CalibrationFacts,
     Checks,
@@ -12,8 +13,10 @@ from gemma_gguf.manifest import (
     Measured,
     ModelFacts,
     Quality,
+    Sampling,
     Speed,
     StageRecord,
+    Support,
 )
 
 STEM = "google_gemma-3-4b-it"
@@ -201,6 +204,10 @@ def example() -> Manifest:
             qat=False,
             license="gemma",
             chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            sampling=Sampling(
+                do_sample=True, temperature=None, top_k=64, top_p=0.95, min_p=None, repetition_penalty=None
+            ),
+            support=Support(pull_request=12343, merged="2025-03-12", release="b4875"),
             front_matter=dict(FRONT_MATTER),
             base_is_dequantised=False,
         ),
@@ -230,7 +237,9 @@ def example() -> Manifest:
                 key=imatrix.key, argv=[imatrix.argv], seconds=imatrix.seconds, outputs={IMATRIX: imatrix.sha256}
             ),
         },
+        recipes=["bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0", "IQ2_XS"],
         files=[mmproj, imatrix, *models],
+        card=DEFAULT_CARD.model_copy(update={"repo": "someone/google_gemma-3-4b-it-GGUF"}),
         evidence={model.sha256: evidence(model.bpw or 0.0, models[0].sha256) for model in models},
     )
 
