@@ -6,23 +6,28 @@ is the one the manifest holds and its outputs are there and whole. Stages never 
 here and return values to here.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from gemma_gguf import (
     calibration,
     card,
+    chat,
     convert,
     fanout,
     gguf_io,
     imatrix,
     llama_cpp,
     manifest,
+    memory,
     plan,
     planning,
+    prompts,
     proof,
     quantize,
     recipes,
@@ -30,7 +35,7 @@ from gemma_gguf import (
     survey,
     verify,
 )
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.files import (
     copy,
     link_or_copy,
@@ -39,7 +44,7 @@ from gemma_gguf.files import (
     sha256_json,
     write_atomic,
 )
-from gemma_gguf.manifest import CalibrationFacts, FileEntry, ImatrixFacts, StageRecord
+from gemma_gguf.manifest import CalibrationFacts, ContextMemory, FileEntry, ImatrixFacts, StageRecord
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
@@ -80,7 +85,7 @@ def run(
     started = time.monotonic()
     warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
     name = source.understand(options.model, options.name)
-    stages = {"convert": _convert, "imatrix": _imatrix, "quantize": _quantize, "card": _card}
+    stages = {"convert": _convert_and_describe, "imatrix": _imatrix, "quantize": _quantize, "card": _card}
     with open_run(options, name, progress, say, take_away) as state:
         for warning in warnings:
             state.log.note(f"{warning.name}: {warning.what}")
@@ -95,6 +100,11 @@ def run(
 
 
 # --- convert -----------------------------------------------------------------------------------------------------
+
+
+def _convert_and_describe(state: Run) -> None:
+    _convert(state)
+    _describe(state)
 
 
 def _convert(state: Run) -> None:
@@ -165,6 +175,55 @@ def _given_base(state: Run, base: Path) -> None:
     state.did(Done("convert", state.base.name, False, "given with --base", 0.0, base.stat().st_size))
 
 
+def _describe(state: Run) -> None:
+    """Into the manifest what cards tell of a model and only its base knows: memory of a context, and prompts."""
+    template = state.source.facts.chat_template
+    key = sha256_json(["describe", 1, state.memory.sha256(state.base), template, state.build.key])
+    if stage_is_done(state, "describe", key) is not None:
+        return
+    started = time.monotonic()
+    state.progress("asking what a context takes", 0, 1, "models")
+    header = gguf_io.read_header(state.base)
+    new = state.manifest.model_copy(
+        update={
+            "context": memory.context_facts(header, _measured_contexts(state, header), state.build.key),
+            "prompts": None if template is None else prompts.prompt_facts(template, _renderer(header)),
+        }
+    )
+    seconds = round(time.monotonic() - started, 2)
+    state.record(new.with_stage("describe", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
+
+
+def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory]:
+    """What llama.cpp says of contexts of the base; nothing where it cannot be asked, and cards say so."""
+    if state.build.bindings is None:
+        return []
+    lengths = memory.contexts_of(memory.context_facts(header, [], "").n_ctx_train)
+    asked = json.dumps({"lengths": lengths, "slots": memory.SLOTS, "ubatch": memory.UBATCH})
+    try:
+        logs = llama_cpp.ask_bindings(state.build, "contexts", state.base, asked, state.log)["logs"]
+        return [memory.parse_context_log(n_ctx, logs[str(n_ctx)]) for n_ctx in lengths]
+    except ToolFailedError as error:
+        state.log.note(f"what contexts take is estimated: {error.what}")
+        return []
+
+
+def _renderer(header: gguf_io.Header) -> prompts.Render:
+    """The sandboxed renderer with the texts of the model's own first and last token."""
+    tokens = header.get("tokenizer.ggml.tokens", [])
+
+    def token(name: str) -> str:
+        number = header.get(f"tokenizer.ggml.{name}_token_id")
+        return tokens[number] if isinstance(number, int) and number < len(tokens) else ""
+
+    ends = {"bos_token": token("bos"), "eos_token": token("eos")}
+
+    def render(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
+        return chat.render(template, messages, tools=tools, now=prompts.NOW, **ends)
+
+    return render
+
+
 # --- imatrix -----------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +242,9 @@ def _imatrix(state: Run) -> None:
         ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
     )
     if (why := stage_is_done(state, "imatrix", key)) is not None:
+        if state.manifest.imatrix is not None and not state.manifest.imatrix.coverage:  # made before it was recorded
+            facts = state.manifest.imatrix.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
+            state.record(state.manifest.model_copy(update={"imatrix": facts}))
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
     why = why_again(state, "imatrix", key)
@@ -272,6 +334,7 @@ def _record_imatrix(
                 chunk_size=made.chunk_size,
                 n_entries=len(made.entries),
                 datasets=list(made.datasets),
+                coverage=imatrix.coverage(made),
             ),
         }
     )

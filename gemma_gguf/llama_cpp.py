@@ -655,7 +655,7 @@ def _unpack(source: _Source, partial: Path) -> tuple[Path, Path | None]:
     return archive_root / "vendor" / "llama.cpp", archive_root
 
 
-def ask_bindings(build: Build, command: str, model: Path, text: Path, log: RunLog) -> dict[str, Any]:
+def ask_bindings(build: Build, command: str, model: Path, argument: Path | str, log: RunLog) -> dict[str, Any]:
     """Run a command of `bindings.py` in a process of this build; its JSON answer.
 
     Raises `ToolFailedError` when it fails. The build must have bindings.
@@ -668,7 +668,7 @@ def ask_bindings(build: Build, command: str, model: Path, text: Path, log: RunLo
         "gemma_gguf.bindings",
         command,
         str(model.resolve()),
-        str(text.resolve()),
+        str(argument.resolve() if isinstance(argument, Path) else argument),
     ]
     env = python_env(build)
     # Last, so that a working directory or package of the same name cannot come before the build's own.

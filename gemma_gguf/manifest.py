@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from gemma_gguf.errors import BadInputError
@@ -112,6 +112,31 @@ class ImatrixFacts(_Model):
     chunk_size: Count  # tokens
     n_entries: Count
     datasets: list[str]
+    coverage: list["Coverage"]  # empty: of schema 1, which did not record it
+
+
+class Coverage(_Model):
+    """What the imatrix saw of one kind of weight. Each list has one number for every layer in `layers`.
+
+    A tensor of several experts counts the tokens that each of them was given.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[\w.]{1,60}$")]  # `ffn_down_exps`
+    layers: list[Count]
+    n_experts: Count
+    tokens_min: list[Count]  # of the expert that saw the fewest
+    tokens_median: list[Count]
+    tokens_max: list[Count]
+    unseen: list[Count]  # experts without any data
+    active: list[float]  # share of columns whose mean squared activation is above 1e-5
+    evenness: list[float]  # entropy of the columns' importance over its maximum: 1 when all count the same
+
+    @model_validator(mode="after")
+    def _one_number_per_layer(self) -> "Coverage":
+        lists = (self.tokens_min, self.tokens_median, self.tokens_max, self.unseen, self.active, self.evenness)
+        if any(len(numbers) != len(self.layers) for numbers in lists):
+            raise PydanticCustomError("per_layer", "every list should have one number per layer")
+        return self
 
 
 class Checks(_Model):
@@ -197,6 +222,62 @@ class Evidence(_Model):
     speed: Speed | None
 
 
+class CacheGroup(_Model):
+    """Layers whose keys and values take the same room in the cache."""
+
+    n_layers: Count
+    windowed: bool  # keeps the last tokens alone, not the whole context
+    k_width: Count  # elements per token and layer
+    v_width: Count
+
+
+class ContextMemory(_Model):
+    """What llama.cpp said one context takes beside the weights, in bytes."""
+
+    n_ctx: Count
+    cache_bytes: Count
+    compute_bytes: Count
+    output_bytes: Count
+
+
+class ContextFacts(_Model):
+    """What a context of the model takes in memory: the base's own numbers, and what llama.cpp made of them."""
+
+    n_ctx_train: Count
+    n_embd: Count
+    n_ff: Count  # the widest layer's, all experts of one token together
+    q_width: Count  # elements of all queries of one token, in the widest layer
+    n_embd_per_layer: Count  # of all layers together; 0 for models without such embeddings
+    n_vocab: Count
+    window: Count  # tokens; 0 when no layer is windowed
+    cache: list[CacheGroup]
+    measured: list[ContextMemory]  # empty when the build could not be asked
+    build: str  # key of the llama.cpp build that was asked
+
+
+class PromptExample(_Model):
+    """A prompt as the model's own chat template writes it."""
+
+    kind: Literal["plain", "system", "tools"]
+    text: str
+
+
+class PromptFacts(_Model):
+    """What the chat template does with a conversation; `problem` says why it could not be rendered."""
+
+    template_sha256: Sha256
+    examples: list[PromptExample]
+    problem: str | None
+
+
+class Picture(_Model):
+    """A picture of the card, drawn from the data with this hash: `assets/<name>.svg` and `.png`."""
+
+    data_sha256: Sha256
+    svg_sha256: Sha256
+    png_sha256: Sha256
+
+
 class StageRecord(_Model):
     """A stage that was done: the hash of what it depends on, what was run, how long it took."""
 
@@ -233,6 +314,9 @@ class Manifest(_Model):
     files: list[FileEntry]
     card: CardChoices
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
+    context: ContextFacts | None  # None: of schema 1, which did not record it, or not converted yet
+    prompts: PromptFacts | None  # the same, or a model without a chat template
+    pictures: dict[Annotated[str, Field(pattern=r"^[a-z]{1,40}$")], Picture]
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -283,15 +367,19 @@ def load(directory: Path) -> Manifest:
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
     """A document of schema 1 with what schema 2 added; what is wrong with it is left for the models to say."""
-    model, files = raw.get("model"), raw.get("files")
+    model, files, imatrix = raw.get("model"), raw.get("files"), raw.get("imatrix")
     made = [entry.get("recipe") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
     return {
         **raw,
         "schema_version": SCHEMA_VERSION,
         "model": {**model, "sampling": None, "support": None} if isinstance(model, dict) else model,
+        "imatrix": {**imatrix, "coverage": []} if isinstance(imatrix, dict) else imatrix,
         "recipes": [name for name in made if isinstance(name, str)],
         "card": DEFAULT_CARD.model_dump(),
         "evidence": {},
+        "context": None,
+        "prompts": None,
+        "pictures": {},
     }
 
 

@@ -279,6 +279,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         files=[],
         card=options.card.chosen(manifest.DEFAULT_CARD),
         evidence={},
+        context=None,
+        prompts=None,
+        pictures={},
         **facts,
     )
 
