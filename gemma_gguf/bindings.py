@@ -1,8 +1,8 @@
 """A worker process of one build: the only place that imports `llama_cpp`.
 
-Run as `python -m gemma_gguf.bindings check|tokens MODEL TEXT` or `contexts MODEL JSON`, with the paths of a build in the environment
-(`llama_cpp.python_env`); prints one JSON object. It is a process of its own because an abort inside ggml must not
-take the run with it, and because two builds can serve one run.
+Run as `python -m gemma_gguf.bindings check|tokens MODEL TEXT` or `contexts MODEL JSON`, with the paths of a build in
+the environment (`llama_cpp.python_env`); prints one JSON object. It is a process of its own because an abort inside
+ggml must not take the run with it, and because two builds can serve one run.
 """
 
 import json

@@ -216,10 +216,10 @@ def _renderer(header: gguf_io.Header) -> prompts.Render:
         number = header.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[number] if isinstance(number, int) and number < len(tokens) else ""
 
-    ends = {"bos_token": token("bos"), "eos_token": token("eos")}
+    bos, eos = token("bos"), token("eos")
 
     def render(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
-        return chat.render(template, messages, tools=tools, now=prompts.NOW, **ends)
+        return chat.render(template, messages, tools=tools, bos_token=bos, eos_token=eos, now=prompts.NOW)
 
     return render
 
@@ -243,8 +243,8 @@ def _imatrix(state: Run) -> None:
     )
     if (why := stage_is_done(state, "imatrix", key)) is not None:
         if state.manifest.imatrix is not None and not state.manifest.imatrix.coverage:  # made before it was recorded
-            facts = state.manifest.imatrix.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
-            state.record(state.manifest.model_copy(update={"imatrix": facts}))
+            complete = state.manifest.imatrix.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
+            state.record(state.manifest.model_copy(update={"imatrix": complete}))
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
     why = why_again(state, "imatrix", key)

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.gguf_io import Header
@@ -40,12 +41,12 @@ def context_facts(header: Header, measured: Sequence[ContextMemory], build: str)
     """The numbers of a base's header that decide what a context takes; `measured` is added as it is."""
     arch = header.get("general.architecture")
 
-    def get(name: str, default: object = None) -> object:
+    def get(name: str, default: Any = None) -> Any:
         return header.get(f"{arch}.{name}", default)
 
     def number(name: str, default: int = 0) -> int:
         value = get(name, default)
-        return int(value) if isinstance(value, int | float) else max(map(int, value), default=default)  # type: ignore[call-overload]
+        return max(map(int, value), default=default) if isinstance(value, list) else int(value)
 
     n_layers, n_embd = number("block_count"), number("embedding_length")
     per_head = n_embd // max(1, number("attention.head_count"))
@@ -127,10 +128,13 @@ def cache_bytes(facts: ContextFacts, n_ctx: int, *, slots: int = SLOTS) -> int:
     """
     cells = _padded(n_ctx)
     window_cells = _padded(min(cells, facts.window * slots + UBATCH))
-    return sum(
-        group.n_layers * (group.k_width + group.v_width) * (window_cells if group.windowed else cells)
-        for group in facts.cache
-    ) * CACHE_TYPE_BYTES
+    return (
+        sum(
+            group.n_layers * (group.k_width + group.v_width) * (window_cells if group.windowed else cells)
+            for group in facts.cache
+        )
+        * CACHE_TYPE_BYTES
+    )
 
 
 def estimated_buffer_bytes(facts: ContextFacts, n_ctx: int) -> int:

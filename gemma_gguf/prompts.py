@@ -19,7 +19,7 @@ from gemma_gguf.manifest import PromptExample, PromptFacts
 Render = Callable[[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]] | None], str]
 
 MAX_CHARACTERS = 6000  # of one example; Google's longest, with a tool, has 1200
-NOW = datetime(2026, 1, 1)  # noqa: DTZ001 - what a template that writes the date is told, so that runs agree
+NOW = datetime(2026, 1, 1)  # what a template that writes the date is told, so that runs agree
 SYSTEM, USER, TOOL = "GgufSystemMark", "GgufUserMark", "get_current_temperature"
 SHOWN = {SYSTEM: "{system_prompt}", USER: "{prompt}"}
 TOOLS: list[dict[str, Any]] = [

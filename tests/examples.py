@@ -231,7 +231,13 @@ def example() -> Manifest:
         calibration=CalibrationFacts(
             name="default", source="texts of this repository", n_bytes=262144, sha256=sha("calibration")
         ),
-        imatrix=ImatrixFacts(n_chunks=146, chunk_size=512, n_entries=238, datasets=["calibration-default.txt"], coverage=coverage()),
+        imatrix=ImatrixFacts(
+            n_chunks=146,
+            chunk_size=512,
+            n_entries=238,
+            datasets=["calibration-default.txt"],
+            coverage=coverage(),
+        ),
         stages={
             "convert": StageRecord(
                 key=sha("key of convert"),
