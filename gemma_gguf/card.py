@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import recipes, table
+from gemma_gguf import memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.resources import TEMPLATES
@@ -237,6 +237,10 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "repacked": [e for e in manifest.files if e.recipe in {"Q4_0", "IQ4_NL"}],
         "speeds": table.speed_tables(manifest),
         "reproduce": reproduce_command(manifest),
+        "choices": memory.choices(manifest),
+        "prompt_kinds": [example.kind for example in manifest.prompts.examples] if manifest.prompts else [],
+        "pictures": {name: pictures.alt_text(name, data, words) for name, data in pictures.shown(manifest).items()},
+        "undrawn": sorted(set(pictures.all_data(manifest)) - set(pictures.shown(manifest))),
     }
 
 
@@ -296,6 +300,8 @@ class Renderer:
         environment.filters["code"] = _code
         environment.filters["fenced"] = _fenced
         environment.filters["gb"] = gigabytes
+        environment.filters["block"] = prompts.block
+        environment.filters["tokens"] = memory.short_tokens
         return environment
 
 

@@ -16,6 +16,7 @@ from gemma_gguf import calibration, card, demo, factory, fanout, llama_cpp, mani
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
+from gemma_gguf.pictures import Drawn
 from gemma_gguf.session import CardOptions, Options
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -380,7 +381,8 @@ def card_command(ctx: click.Context, /, directories: tuple[Path, ...], **given: 
     """
     console = _console(ctx)
     renderer = card.Renderer(given["templates"])
-    written = {str(path): factory.write_card(path, renderer, _chosen(given)) for path in directories}
+    drawn: dict[str, Drawn] = {}
+    written = {str(path): factory.write_card(path, renderer, _chosen(given), drawn) for path in directories}
     for directory, made in written.items():
         console.say(f"{directory}: {'written' if made else 'unchanged'}")
     console.document({"cards": written})

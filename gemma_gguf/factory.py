@@ -25,6 +25,7 @@ from gemma_gguf import (
     llama_cpp,
     manifest,
     memory,
+    pictures,
     plan,
     planning,
     prompts,
@@ -41,10 +42,12 @@ from gemma_gguf.files import (
     link_or_copy,
     partial_path,
     replace_durably,
+    sha256_bytes,
+    sha256_file,
     sha256_json,
     write_atomic,
 )
-from gemma_gguf.manifest import CalibrationFacts, ContextMemory, FileEntry, ImatrixFacts, StageRecord
+from gemma_gguf.manifest import CalibrationFacts, ContextMemory, FileEntry, ImatrixFacts, Manifest, Picture, StageRecord
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
@@ -579,23 +582,30 @@ def _fan_out(
 def _card(state: Run) -> None:
     started = time.monotonic()
     manifest.save(state.manifest, state.set_dir)
-    renderer = card.Renderer(state.options.templates)
-    made = write_card(state.set_dir, renderer)
+    made = write_card(state.set_dir, card.Renderer(state.options.templates))
+    state.manifest = manifest.load(state.set_dir)
     why = "rendered from quantset.json" if made else "quantset.json unchanged"
     state.did(Done("card", "README.md", made, why, time.monotonic() - started))
 
 
-def write_card(set_dir: Path, renderer: card.Renderer, chosen: CardOptions | None = None) -> bool:
-    """Render README.md of a set and its translations from its manifest; False when they already were just that.
+def write_card(
+    set_dir: Path,
+    renderer: card.Renderer,
+    chosen: CardOptions | None = None,
+    drawn: dict[str, pictures.Drawn] | None = None,
+) -> bool:
+    """Render README.md of a set, its translations and pictures from its manifest; False when they were just that.
 
     What is chosen now is recorded first, so that the next rendering needs no options. Cards in languages that are no
-    longer chosen are deleted: they would tell of an older state.
+    longer chosen are deleted: they would tell of an older state. `drawn` holds pictures by the hash of their data:
+    sets that show the same share the work.
     """
-    facts = manifest.load(set_dir)
-    choices = (chosen or CardOptions()).chosen(facts.card)
-    changed = choices != facts.card
+    recorded = manifest.load(set_dir)
+    choices = (chosen or CardOptions()).chosen(recorded.card)
+    now = _draw_pictures(set_dir, recorded, {} if drawn is None else drawn)
+    facts = recorded.model_copy(update={"card": choices, "pictures": now})
+    changed = facts != recorded
     if changed:
-        facts = facts.model_copy(update={"card": choices})
         manifest.save(facts, set_dir)
     files = card.card_files(tuple(choices.languages))
     for language, name in files.items():
@@ -608,3 +618,34 @@ def write_card(set_dir: Path, renderer: card.Renderer, chosen: CardOptions | Non
             (set_dir / name).unlink()
             changed = True
     return changed
+
+
+def _draw_pictures(set_dir: Path, facts: Manifest, drawn: dict[str, pictures.Drawn]) -> dict[str, Picture]:
+    """Have under `assets/` the pictures of what the manifest holds, and none that shows something else.
+
+    Nothing is drawn, and matplotlib not imported, while the data is that of the pictures and they are whole.
+    """
+    kept: dict[str, Picture] = {}
+    for name, data in pictures.all_data(facts).items():
+        digest = pictures.data_hash(data)
+        old = facts.pictures.get(name)
+        svg, png = (set_dir / pictures.FOLDER / f"{name}.{kind}" for kind in ("svg", "png"))
+        if old is not None and old.data_sha256 == digest and _is(svg, old.svg_sha256) and _is(png, old.png_sha256):
+            kept[name] = old
+        elif pictures.can_draw():
+            made = drawn[digest] if digest in drawn else pictures.draw(name, data)
+            drawn[digest] = made
+            write_atomic(svg, made.svg)
+            write_atomic(png, made.png)
+            kept[name] = Picture(
+                data_sha256=digest, svg_sha256=sha256_bytes(made.svg), png_sha256=sha256_bytes(made.png)
+            )
+    for name in pictures.NAMES:
+        if name not in kept:  # its evidence is gone, or it would show other data
+            for kind in ("svg", "png"):
+                (set_dir / pictures.FOLDER / f"{name}.{kind}").unlink(missing_ok=True)
+    return kept
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_file(path) == digest

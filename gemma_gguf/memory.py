@@ -157,6 +157,11 @@ def context_bytes(facts: ContextFacts, n_ctx: int) -> tuple[int, bool]:
     return cache_bytes(facts, n_ctx) + estimated_buffer_bytes(facts, n_ctx), False
 
 
+def short_tokens(n_ctx: int) -> str:
+    """`32k` for 32768: as context lengths are spoken of."""
+    return f"{n_ctx // 1024}k" if n_ctx % 1024 == 0 else str(n_ctx)
+
+
 # --- which file --------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +192,11 @@ class Choices:
     base: FileEntry | None  # the unquantised file, which is no candidate
     base_memory: int | None  # GiB from which on it fits with the longest context
     context_bytes: Mapping[int, int]  # beside weights and projector
+
+    @property
+    def some_unmeasured(self) -> bool:
+        """Whether a file stands in the table whose KLD was not measured while that of others was."""
+        return self.by_kld and any(cell.entry and not cell.measured for row in self.rows for cell in row.cells)
 
 
 def choices(manifest: Manifest) -> Choices | None:

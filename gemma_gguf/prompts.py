@@ -82,8 +82,8 @@ def _visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def fenced(text: str) -> str:
-    """Text as a block of code of Markdown that it cannot end: the fence is longer than any run of backticks in it."""
+def block(text: str) -> str:
+    """Text as a block of code in Markdown, which it cannot end: the fence is longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}{'' if text.endswith(chr(10)) else chr(10)}{fence}"
