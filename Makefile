@@ -60,7 +60,7 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) (a few minutes the first time)"
-	$(PIP_INSTALL) -e '.[build,convert,demo]'
+	$(PIP_INSTALL) -e '.[build,convert,demo,pictures]'
 	@touch $@
 
 $(VENV)/.fuzz: pyproject.toml $(VENV)/.dev

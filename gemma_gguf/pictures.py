@@ -15,7 +15,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def _models(manifest: Manifest) -> list[tuple[str, FileEntry]]:
 
 def _quality(manifest: Manifest) -> Data | None:
     """Points of size (GB) and mean KLD. The base, which is what the others are measured against, is not one of them."""
-    points = []
+    points: list[Data] = []
     text: Data = {}
     for label, entry in _models(manifest):
         evidence = manifest.evidence.get(entry.sha256)
@@ -240,7 +240,7 @@ class Drawn:
 PLATE, EDGE, INK, SOFT, GRID = "#fbfbf9", "#c8c8c2", "#1c1c1a", "#5c5c58", "#dfdfda"
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 DPI = 180
-SETTINGS: Mapping[str, Any] = {
+SETTINGS: Any = {  # a dictionary of matplotlib's own keys
     "svg.hashsalt": "gemma-gguf",
     "svg.fonttype": "path",
     "font.family": ["DejaVu Sans"],
@@ -268,7 +268,7 @@ def draw(name: str, data: Data) -> Drawn:
     """Draw one picture. Needs matplotlib; takes half a second or so."""
     import matplotlib as mpl  # noqa: PLC0415 - an extra, and slow to import
 
-    with mpl.rc_context(dict(SETTINGS)):
+    with mpl.rc_context(SETTINGS):
         figure = {"quality": _draw_quality, "speed": _draw_speed, "coverage": _draw_coverage}[name](data)
         _add_plate(figure)
         svg, png = io.BytesIO(), io.BytesIO()
@@ -460,7 +460,7 @@ def _draw_coverage(data: Data) -> "Figure":
     axes.set_xlim(-0.5, n_layers - 0.5)
     axes.set_xlabel("" if experts else "layer")
     bar = figure.colorbar(image, cax=figure.add_axes((left + width + 0.02, top - body / height, 0.022, body / height)))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=9)
     if experts:
         below = figure.add_axes((left, 0.55 / height, width, 1.55 / height), sharex=axes)
@@ -517,7 +517,8 @@ def _crossings(starts: Array, ends: Array, boxes: Array) -> Array:
 
 def _tips(anchor: Array, boxes: Array) -> Array:
     """The point of each box that is nearest to its anchor: where the line from a marker ends."""
-    return np.clip(anchor, boxes[:, :2], boxes[:, 2:])
+    tips: Array = np.minimum(np.maximum(anchor, boxes[:, :2]), boxes[:, 2:])
+    return tips
 
 
 def place_boxes(
@@ -583,7 +584,7 @@ def _place_labels(axes: "Axes", points: Sequence[Data], edge: Sequence[Data], ta
     assert figure is not None
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
-    renderer: RendererAgg = canvas.get_renderer()
+    renderer: RendererAgg = canvas.get_renderer()  # type: ignore[no-untyped-call]
     axes.set_xlim(*axes.get_xlim())
     axes.set_ylim(*axes.get_ylim())
     unit = figure.dpi / 72
@@ -617,7 +618,8 @@ def _place_labels(axes: "Axes", points: Sequence[Data], edge: Sequence[Data], ta
     )
     from_pixels = axes.transData.inverted().transform
     for text, (x, y), box in zip(texts, anchors, boxes, strict=True):
-        text.set_position(from_pixels(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)))
+        middle = from_pixels(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+        text.set_position((float(middle[0]), float(middle[1])))
         tip = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
         if math.hypot(tip[0] - x, tip[1] - y) > 9 * unit:
             start, end = from_pixels((x, y)), from_pixels(tip)
