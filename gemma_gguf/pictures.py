@@ -543,13 +543,14 @@ def place_boxes(
     reach = np.repeat(np.array(_REACH, dtype=np.float64), _TURNS)
     turn = np.tile(np.arange(_TURNS), len(_REACH))
     angle = math.tau * turn / _TURNS
+    across, along = np.maximum(abs(np.cos(angle)), 1e-6), np.maximum(abs(np.sin(angle)), 1e-6)
 
     offered, fixed = [], []
     for number, size in enumerate(np.array(sizes, dtype=np.float64).reshape(-1, 2)):
-        away = size / 2 + marker / 2
-        middle = at[number] + np.stack(
-            [(away[0] + 0.6 * reach * unit) * np.cos(angle), (away[1] + reach * unit) * np.sin(angle)], axis=1
-        )
+        # On a rectangle around the marker, so that the box never covers it.
+        gap = (reach - _REACH[0] + 2) * unit
+        far = np.stack([(size[0] / 2 + marker + 0.6 * gap) / across, (size[1] / 2 + marker + gap) / along]).min(axis=0)
+        middle = at[number] + np.stack([far * np.cos(angle), far * np.sin(angle)], axis=1)
         boxes = np.hstack([middle - size / 2, middle + size / 2])
         inside = _overlaps(boxes, np.array([room], dtype=np.float64))[:, 0]
         cost = 50 * (size.prod() - inside) + 30 * _overlaps(boxes, blocked).sum(axis=1)

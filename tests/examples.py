@@ -1,5 +1,6 @@
 """One whole manifest with values as a real run records them, for tests that need a set but no files."""
 
+from gemma_gguf import pictures
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import (
     DEFAULT_CARD,
@@ -16,6 +17,7 @@ from gemma_gguf.manifest import (
     Manifest,
     Measured,
     ModelFacts,
+    Picture,
     PromptExample,
     PromptFacts,
     Quality,
@@ -181,7 +183,7 @@ def example() -> Manifest:
             types={"F32": 205, "IQ2_XS": 200, "Q2_K": 38, "Q5_K": 1},
         ),
     ]
-    return Manifest(
+    made = Manifest(
         schema_version=2,
         tool_version="0.1.0",
         stem=STEM,
@@ -270,6 +272,17 @@ def example() -> Manifest:
         ),
         pictures={},
     )
+    return made.model_copy(update={"pictures": drawn(made)})
+
+
+def drawn(made: Manifest) -> dict[str, Picture]:
+    """What is recorded of a manifest's pictures when they were drawn."""
+    return {
+        name: Picture(
+            data_sha256=pictures.data_hash(data), svg_sha256=sha(f"{name}.svg"), png_sha256=sha(f"{name}.png")
+        )
+        for name, data in pictures.all_data(made).items()
+    }
 
 
 def context() -> ContextFacts:
@@ -311,9 +324,9 @@ def coverage() -> list[Coverage]:
             tokens_max=[74752] * n,
             unseen=[0] * n,
             active=[1.0] * n,
-            evenness=[round(0.5 + 0.4 * layer / n, 4) for layer in range(n)],
+            evenness=[round(least + 0.4 * layer / n, 4) for layer in range(n)],
         )
-        for kind in ("attn_q", "ffn_down")
+        for kind, least in (("attn_q", 0.5), ("ffn_down", 0.45))
     ]
 
 

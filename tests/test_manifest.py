@@ -13,14 +13,21 @@ from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import (
     FILE_NAME,
     BuildFacts,
+    CacheGroup,
     CalibrationFacts,
     Checks,
+    ContextFacts,
+    ContextMemory,
+    Coverage,
     Evidence,
     FileEntry,
     ImatrixFacts,
     Manifest,
     Measured,
     ModelFacts,
+    Picture,
+    PromptExample,
+    PromptFacts,
     Quality,
     Speed,
     StageRecord,
@@ -42,6 +49,13 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Quality, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality")),
     (Measured, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality", "kld")),
     (Speed, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "speed")),
+    (Coverage, ("imatrix", "coverage", 0)),
+    (ContextFacts, ("context",)),
+    (CacheGroup, ("context", "cache", 1)),
+    (ContextMemory, ("context", "measured", 0)),
+    (PromptFacts, ("prompts",)),
+    (PromptExample, ("prompts", "examples", 0)),
+    (Picture, ("pictures", "quality")),
 )
 
 
@@ -108,7 +122,7 @@ def test_front_matter_of_any_shape_survives(tmp_path: Path) -> None:
 def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
     """`null` says that something is known to be absent."""
     raw = _raw()
-    raw["calibration"] = raw["imatrix"] = None
+    raw["calibration"] = raw["imatrix"] = raw["context"] = raw["prompts"] = None
     for field in ("repo", "revision", "license", "chat_template"):
         raw["model"][field] = None
     for field in ("recipe", "about", "bpw", "parent", "checks"):
@@ -252,9 +266,21 @@ def test_a_newer_schema_is_refused_before_its_fields_are_looked_at(tmp_path: Pat
 def test_a_manifest_of_schema_1_is_read_as_one_without_evidence(tmp_path: Path) -> None:
     raw = _raw()
     raw["schema_version"] = 1
-    del raw["evidence"]
+    del raw["evidence"], raw["context"], raw["prompts"], raw["pictures"], raw["imatrix"]["coverage"]
     (tmp_path / FILE_NAME).write_text(json.dumps(raw))
-    assert manifest.load(tmp_path) == example().model_copy(update={"evidence": {}})
+    loaded = manifest.load(tmp_path)
+    assert loaded.imatrix is not None
+    assert (loaded.evidence, loaded.pictures, loaded.imatrix.coverage) == ({}, {}, [])
+    assert (loaded.context, loaded.prompts) == (None, None)
+    assert (loaded.files, loaded.stages) == (example().files, example().stages)
+
+
+@pytest.mark.parametrize("field", ["tokens_min", "tokens_median", "tokens_max", "unseen", "active", "evenness"])
+def test_coverage_has_one_number_per_layer(tmp_path: Path, field: str) -> None:
+    raw = _raw()
+    raw["imatrix"]["coverage"][0][field].pop()
+    error = _refused(tmp_path, raw)
+    assert error.what.endswith("at imatrix.coverage.0: every list should have one number per layer")
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", "2", None, [1], 1.0, 2.5, True], ids=repr)
