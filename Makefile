@@ -44,9 +44,9 @@ fmt: $(VENV)/.dev  ## format and fix what can be fixed
 	$(BIN)/ruff format gemma_gguf tests
 
 messages: $(VENV)/.dev  ## bring the catalogues of the card's translations up to date, and compile them
-	$(BIN)/pybabel --quiet extract -F pyproject.toml -k Recipe:3 --no-location --omit-header -o out/card.pot .
-	for tag in ja zh_Hant; do $(BIN)/pybabel --quiet update -D card -i out/card.pot -d templates/locale -l $$tag --no-fuzzy-matching --width 120 --omit-header; done
-	$(BIN)/pybabel --quiet compile -D card -d templates/locale --statistics
+	$(BIN)/pybabel --quiet extract -F pyproject.toml -k Recipe:3 --no-location -o $(VENV)/card.pot .
+	for tag in ja zh_Hant; do $(BIN)/pybabel --quiet update -D card -i $(VENV)/card.pot -d templates/locale -l $$tag --no-fuzzy-matching --ignore-obsolete --ignore-pot-creation-date --width 120; done
+	$(BIN)/pybabel --quiet compile -D card -d templates/locale
 
 calibration-table: $(VENV)/.run  ## write calibration/parts.toml anew after editing the texts
 	$(BIN)/python -c "from gemma_gguf import calibration; print(calibration.write_table())"
