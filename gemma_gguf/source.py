@@ -619,8 +619,9 @@ def _sampling(path: Path) -> Sampling:
 
     def number(key: str) -> float | None:
         value = stated.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and 0 <= value < 1e6 else None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
+            return None
+        return float(value)
 
     top_k, do_sample = stated.get("top_k"), stated.get("do_sample")
     return Sampling(

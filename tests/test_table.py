@@ -241,9 +241,8 @@ def test_fallbacks_are_told_in_the_row(fallbacks: dict[str, int], told: str) -> 
 def test_several_projectors_are_sorted_by_size_before_every_model() -> None:
     made = example()
     projector = next(entry for entry in made.files if entry.kind == "mmproj")
-    more = [
-        projector.model_copy(update={"name": f"mmproj-m-{k}.gguf", "n_bytes": n}) for k, n in (("f16", 2), ("f32", 4))
-    ]
+    sizes = {"f16": 2, "f32": 4}
+    more = [projector.model_copy(update={"name": f"mmproj-m-{k}.gguf", "n_bytes": n}) for k, n in sizes.items()]
     made = a_set(("IQ2_XS", 1.3, 0.1, 0.01))
     made.files.extend(more)
     assert [row.quant for row in table.download_rows(made, WORDS)] == ["f32", "f16", "IQ2_XS"]
