@@ -194,9 +194,9 @@ def alt_text(name: str, data: Data, words: gettext.NullTranslations) -> str:
         said = words.gettext("File size against mean KL divergence of %(n)s files, from %(first)s to %(last)s.")
         said %= {"n": len(points), "first": ends[0], "last": ends[1]}
         if not data["ranked"]:
-            return f"{said} {words.gettext('No ranking: the base was quantised before.')}"
+            return _sentences(said, words.gettext("No ranking: the base was quantised before."))
         edge = ", ".join(point["label"] for point in points if point["frontier"])
-        return f"{said} {words.gettext('On the frontier: %(files)s.') % {'files': edge}}"
+        return _sentences(said, words.gettext("On the frontier: %(files)s.") % {"files": edge})
     if name == "speed":
         fastest = max(data["bars"], key=lambda bar: bar["generate"][0])
         said = words.gettext(
@@ -217,11 +217,16 @@ def alt_text(name: str, data: Data, words: gettext.NullTranslations) -> str:
         "median": f"{statistics.median(values):.2f}",
     }
     if not data["unseen"]:
-        return f"{said} {words.gettext('Every weight has data.')}"
+        return _sentences(said, words.gettext("Every weight has data."))
     if not data["experts"]:
-        return f"{said} {words.gettext('Weights without data: %(n)s.') % {'n': data['unseen']}}"
+        return _sentences(said, words.gettext("Weights without data: %(n)s.") % {"n": data["unseen"]})
     reached = words.gettext("Experts that saw no token: %(n)s of %(all)s.")
-    return f"{said} {reached % {'n': data['unseen'], 'all': _n_experts(data)}}"
+    return _sentences(said, reached % {"n": data["unseen"], "all": _n_experts(data)})
+
+
+def _sentences(*told: str) -> str:
+    """Messages after each other. They are not named inside f-strings: there, extraction does not find them."""
+    return " ".join(told)
 
 
 def _n_experts(data: Data) -> int:
