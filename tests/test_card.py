@@ -780,8 +780,9 @@ def test_commands_of_every_program(theme: str, language: str) -> None:
         "--recipes bf16,Q8_0,Q4_K_L,Q4_K_M,Q4_0,IQ2_XS\n",
     ]
     assert _blocks(body, "python") == [
+        "from huggingface_hub import hf_hub_download\n"
         "from llama_cpp import Llama\n\n"
-        f'llm = Llama.from_pretrained("{repo}", filename="{STEM}-Q4_K_M.gguf", n_ctx=4096)\n'
+        f'llm = Llama(hf_hub_download("{repo}", "{STEM}-Q4_K_M.gguf"), n_ctx=4096)\n'
         'messages = [{"role": "user", "content": "Which planet is the largest?"}]\n'
         "answer = llm.create_chat_completion(messages, max_tokens=64, top_k=64, top_p=0.95)\n"
         'print(answer["choices"][0]["message"]["content"])\n'
