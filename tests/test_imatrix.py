@@ -490,7 +490,7 @@ def test_coverage_is_what_llama_imatrix_shows(build: Build, log: RunLog, finishe
     }
     shown: dict[tuple[str, int], list[str]] = {}
     for _ in range(300):
-        argv = [build.tool("llama-imatrix"), "-m", "none", "--in-file", path, "--show-statistics"]
+        argv: list[str | Path] = [build.tool("llama-imatrix"), "-m", "none", "--in-file", path, "--show-statistics"]
         for line in run_tool(argv, log=log).output.splitlines():
             if match := re.search(r"(\d+)\s+((?:attn|ffn)_\w+)\s+\d.*%.*%", line):
                 shown[match[2], int(match[1])] = re.findall(r"([\d.]+)%", line)[:2]

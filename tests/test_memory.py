@@ -9,7 +9,7 @@ import pytest
 from gemma_gguf import convert, files, gguf_io, llama_cpp, memory, source
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import CacheGroup, FileEntry, Manifest
+from gemma_gguf.manifest import CacheGroup, ContextMemory, FileEntry, Manifest
 from tests import checkpoints, gemma4, sparse_models
 from tests.examples import STEM, context, evidence, example, model_entry
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 LENGTHS = (2048, 4096, 8192, 32768, 131072)
 
 
-def _said(build: Build, model: Path, log: RunLog, *, slots: int = memory.SLOTS) -> dict[int, memory.ContextMemory]:
+def _said(build: Build, model: Path, log: RunLog, *, slots: int = memory.SLOTS) -> dict[int, ContextMemory]:
     """What llama.cpp reports for contexts of a model."""
     asked = json.dumps({"lengths": LENGTHS, "slots": slots, "ubatch": memory.UBATCH})
     logs = llama_cpp.ask_bindings(build, "contexts", model, asked, log)["logs"]
@@ -63,7 +63,20 @@ def test_cache_of_a_converted_gemma_3(build: Build, tmp_path: Path, log: RunLog)
     ]
     said = _said(build, base, log)
     assert all(memory.cache_bytes(facts, n) == m.cache_bytes for n, m in said.items())
-    argv = [build.tool("llama-bench"), "-m", base, "-p", "16", "-n", "0", "-d", "2032", "-r", "1", "-v"]
+    argv: list[str | Path] = [
+        build.tool("llama-bench"),
+        "-m",
+        base,
+        "-p",
+        "16",
+        "-n",
+        "0",
+        "-d",
+        "2032",
+        "-r",
+        "1",
+        "-v",
+    ]
     output = llama_cpp.run_tool(argv, log=log).output
     real = {float(size) for size in re.findall(r"KV buffer size = +([\d.]+) MiB", output)}
     assert round(sum(real) * MIB) == memory.cache_bytes(facts, 2048, slots=1)

@@ -200,7 +200,7 @@ def test_data_is_json_and_its_hash_follows_it() -> None:
 
 # --- drawn ---------------------------------------------------------------------------------------------------------
 
-MANIFESTS = {
+MANIFESTS: dict[str, Callable[[], Manifest]] = {
     "27 rows": lambda: _whole(SET_4B),
     "27 rows on a grid": lambda: _on_a_grid(_whole(SET_4B)),
     "partial": example,
@@ -358,6 +358,19 @@ def _write(directory: Path) -> bool:
     return factory.write_card(directory, card.Renderer())
 
 
+def _watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all pictures that are drawn from now on."""
+    drawings: list[str] = []
+    draw = pictures.draw
+
+    def watched(name: str, data: pictures.Data) -> pictures.Drawn:
+        drawings.append(name)
+        return draw(name, data)
+
+    monkeypatch.setattr(pictures, "draw", watched)
+    return drawings
+
+
 def _bytes(directory: Path) -> dict[str, str]:
     return {
         path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -412,9 +425,7 @@ def test_only_the_picture_whose_data_changed_is_drawn(a_set: Path, monkeypatch: 
     faster = told.speed.model_copy(update={"generate_per_second": Measured(value=99.0, se=0.5)})
     changed = {**made.evidence, sha: told.model_copy(update={"speed": faster})}
     manifest.save(made.model_copy(update={"evidence": changed}), a_set)
-    before, drawings = _bytes(a_set), []
-    draw = pictures.draw
-    monkeypatch.setattr(pictures, "draw", lambda name, data: drawings.append(name) or draw(name, data))
+    before, drawings = _bytes(a_set), _watched(monkeypatch)
     assert _write(a_set)
     assert drawings == ["speed"]
     after = _bytes(a_set)
@@ -459,9 +470,7 @@ def test_without_the_extra_an_outdated_picture_is_not_shown(a_set: Path, monkeyp
 
 
 def test_sets_that_show_the_same_share_the_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawings: list[str] = []
-    draw = pictures.draw
-    monkeypatch.setattr(pictures, "draw", lambda name, data: drawings.append(name) or draw(name, data))
+    drawings = _watched(monkeypatch)
     shared: dict[str, pictures.Drawn] = {}
     for number in range(3):
         directory = tmp_path / f"set{number}"
