@@ -15,6 +15,7 @@ from gemma_gguf.manifest import (
     BuildFacts,
     CacheGroup,
     CalibrationFacts,
+    CardChoices,
     Checks,
     ContextFacts,
     ContextMemory,
@@ -29,8 +30,10 @@ from gemma_gguf.manifest import (
     PromptExample,
     PromptFacts,
     Quality,
+    Sampling,
     Speed,
     StageRecord,
+    Support,
 )
 from tests.examples import STEM, example, sha
 
@@ -56,6 +59,9 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (PromptFacts, ("prompts",)),
     (PromptExample, ("prompts", "examples", 0)),
     (Picture, ("pictures", "quality")),
+    (Sampling, ("model", "sampling")),
+    (Support, ("model", "support")),
+    (CardChoices, ("card",)),
 )
 
 
@@ -273,6 +279,43 @@ def test_a_manifest_of_schema_1_is_read_as_one_without_evidence(tmp_path: Path) 
     assert (loaded.evidence, loaded.pictures, loaded.imatrix.coverage) == ({}, {}, [])
     assert (loaded.context, loaded.prompts) == (None, None)
     assert (loaded.files, loaded.stages) == (example().files, example().stages)
+
+
+def test_a_manifest_of_schema_1_knows_no_sampling_and_chose_no_card(tmp_path: Path) -> None:
+    """What it made is what it was asked for; what it did not record is not known, rather than absent."""
+    raw = _raw()
+    raw["schema_version"] = 1
+    for field in ("evidence", "context", "prompts", "pictures", "recipes", "card"):
+        del raw[field]
+    del raw["imatrix"]["coverage"], raw["model"]["sampling"], raw["model"]["support"]
+    loaded = _load(tmp_path, raw)
+    assert (loaded.model.sampling, loaded.model.support) == (None, None)
+    assert loaded.card == manifest.DEFAULT_CARD
+    assert loaded.recipes == ["bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0", "IQ2_XS"]
+
+
+@pytest.mark.parametrize("broken", [{"model": 5}, {"files": "x"}, {"files": [5]}, {"files": [{"recipe": 5}]}], ids=str)
+def test_a_damaged_manifest_of_schema_1_is_refused_like_any_other(tmp_path: Path, broken: dict[str, Any]) -> None:
+    raw = {**_raw(), "schema_version": 1, **broken}
+    assert "is damaged at " in _refused(tmp_path, raw).what
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("theme", "baroque"),
+        ("languages", ["../ja"]),
+        ("repo", "someone"),
+        ("repo", "a/b; rm -rf ~"),
+        ("repo", "a/../b"),
+        ("repo", "`a`/b"),
+    ],
+)
+def test_choices_for_the_card_are_checked(tmp_path: Path, field: str, value: object) -> None:
+    """They stand in commands that a reader copies."""
+    raw = _raw()
+    raw["card"][field] = value
+    assert f"is damaged at card.{field}" in _refused(tmp_path, raw).what
 
 
 @pytest.mark.parametrize("field", ["tokens_min", "tokens_median", "tokens_max", "unseen", "active", "evenness"])
