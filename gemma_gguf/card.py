@@ -126,6 +126,16 @@ def _fenced(text: object) -> str:
     return " ".join(str(text).split()).replace("`", "'")
 
 
+def _wide(heading: object) -> str:
+    """A heading that keeps its column as wide as some words: invisible spaces around it, and no line break inside.
+
+    A reader's program gives the last column what the others leave, which can be one word or one ideograph; 7 spaces on
+    each side are what a page of 980 pixels has room for. Word joiners keep them from being trimmed off the cell.
+    """
+    spaces, text = "\u00a0" * 7, "\u2060".join(str(heading))
+    return f"\u2060{spaces}{text}{spaces}\u2060"
+
+
 # --- what the templates may name ---------------------------------------------------------------------------------
 
 
@@ -300,6 +310,7 @@ class Renderer:
         environment.filters["code"] = _code
         environment.filters["fenced"] = _fenced
         environment.filters["gb"] = gigabytes
+        environment.filters["wide"] = _wide
         environment.filters["block"] = prompts.block
         environment.filters["tokens"] = memory.short_tokens
         return environment

@@ -84,18 +84,18 @@ def megabytes(n_bytes: int) -> str:
 
 
 def plus_minus(measured: Measured, *, factor: float = 1.0, unit: str = "", signed: bool = False) -> str:
-    """A number with its standard error to two digits of the error, in one unbroken piece: `1.234 ± 0.012 %`."""
+    """A number with its standard error to two digits of the error: `1.234 ± 0.012 %`, broken before the sign only."""
     value, sign = measured.value * factor, "+" if signed else ""
     tail = f"\u00a0{unit}" if unit else ""
     if not measured.se:  # zero: the number is what it is; None: nobody knows how far it is off
         shown = f"{value:{sign}.3g}" if value else "0"
-        return f"{shown}{tail}" if measured.se is not None else f"{shown}\u00a0±\u00a0?{tail}"
+        return f"{shown}{tail}" if measured.se is not None else f"{shown} ±\u00a0?{tail}"
     se = measured.se * factor
     digits = 1 - math.floor(math.log10(se))
     if digits > 6:
-        return f"{value:{sign}.1e}\u00a0±\u00a0{se:.0e}{tail}"
+        return f"{value:{sign}.1e} ±\u00a0{se:.0e}{tail}"
     digits = max(digits, 0)
-    return f"{value:{sign}.{digits}f}\u00a0±\u00a0{se:.{digits}f}{tail}"
+    return f"{value:{sign}.{digits}f} ±\u00a0{se:.{digits}f}{tail}"
 
 
 def need(value: T | None, fact: str) -> T:
@@ -395,7 +395,7 @@ def _rank_sentences(
             }
         ]
     if is_on_frontier(entry, manifest):
-        return [words.gettext("Nothing smaller is closer to bf16.")]
+        return [words.gettext("Nothing smaller is closer.")]
     return []
 
 
@@ -466,7 +466,7 @@ def _speed_table(measured: list[tuple[FileEntry, Speed]]) -> SpeedTable:
 def _spread(measured: Measured) -> str:
     """Tokens per second with two digits, as llama-bench prints them."""
     spread = f"{measured.se:.2f}" if measured.se is not None else "?"
-    return f"{measured.value:.2f}\u00a0±\u00a0{spread}"
+    return f"{measured.value:.2f} ±\u00a0{spread}"
 
 
 def _in_order(manifest: Manifest) -> list[FileEntry]:

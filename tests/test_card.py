@@ -352,6 +352,9 @@ def test_front_matter_keeps_values_that_are_no_text(value: object) -> None:
 # --- the download table --------------------------------------------------------------------------------------------
 
 
+ABOUT = "Description"
+
+
 def _cells(body: str, heading: str) -> list[list[str]]:
     """The cells of the first table whose header has this cell, header first, as a Markdown reader shows them."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
@@ -363,7 +366,7 @@ def _cells(body: str, heading: str) -> list[list[str]]:
             tables[-1].append([])
         elif token.type in {"th_open", "td_open"}:
             shown = "".join(child.content for child in following.children or [])
-            tables[-1][-1].append(html.unescape(shown).replace("\u00a0", " "))
+            tables[-1][-1].append(html.unescape(shown).replace("\u00a0", " ").replace("\u2060", "").strip())
     return next(table for table in tables if heading in table[0])
 
 
@@ -377,7 +380,7 @@ def test_the_table_links_every_file_with_its_figures(theme: str) -> None:
     body = _body(example(), theme=theme)
     header, *rows = _cells(body, "Filename")
     assert header == [
-        "Filename", "Quant", "Size", "Split", "bpw", "KLD ± se", "Same top", "PPL change", "Description",
+        "Filename", "Quant", "Size", "Split", "bpw", "KLD ± se", "Same top", "PPL change", ABOUT,
     ]  # fmt: skip
     assert [row[:-1] for row in rows] == [
         [f"mmproj-{STEM}-f16.gguf", "f16", "0.85GB", "false", "–", "–", "–", "–"],
@@ -485,7 +488,7 @@ def test_a_whole_set_has_no_status(theme: str) -> None:
 def test_a_set_without_any_measurement_has_no_empty_columns(theme: str) -> None:
     body = _body(example().model_copy(update={"evidence": {}}), theme=theme)
     header, *rows = _cells(body, "Filename")
-    assert header == ["Filename", "Quant", "Size", "Split", "bpw", "Status", "Description"]
+    assert header == ["Filename", "Quant", "Size", "Split", "bpw", "Status", ABOUT]
     assert [row[5] for row in rows] == ["complete", *["not measured"] * 6]
     page = _Page(body)
     assert "KLD" not in page.text.partition("Filename")[2].partition("ARM and AVX")[0].replace("KLD by", "")
@@ -640,8 +643,8 @@ def test_a_base_that_was_quantised_before_is_warned_of_and_not_ranked(theme: str
 def test_a_qat_set_says_who_profits(theme: str) -> None:
     body = _body(_with_model(qat=True), theme=theme)
     assert "only the Q4_0 file is expected to profit from it" in _Page(body).text
-    trained = [text for text in _column(body, "Description") if "trained for" in text]
-    assert trained == [text for text in _column(body, "Description") if text.startswith("4 bits, one scale")]
+    trained = [text for text in _column(body, ABOUT) if "trained for" in text]
+    assert trained == [text for text in _column(body, ABOUT) if text.startswith("4 bits, one scale")]
     assert len(trained) == 1
     assert "Quantisation-aware" not in _body(example(), theme=theme)
 
@@ -680,7 +683,7 @@ def test_large_rows_state_cost_and_gain(theme: str) -> None:
     _, *rows = _cells(body, "Lowers KLD by")
     assert rows == [["Q4_K_L", "Q4_K_M", "179.46MB", "0.00649 ± 0.00072", "token_embd.weight"]]
     text = "Pays 179.46MB for token_embd.weight and lowers KLD by 0.00649 ± 0.00072."
-    assert [text in about for about in _column(body, "Description")].count(True) == 1
+    assert [text in about for about in _column(body, ABOUT)].count(True) == 1
 
 
 @every_theme
@@ -688,7 +691,7 @@ def test_a_large_row_that_is_the_same_as_its_parent_says_so(theme: str) -> None:
     made = _with_files(_entry("Q4_K_L", differs=[]), _entry("Q4_K_M"))
     body = _body(made, theme=theme)
     assert "In this model Q4_K_L holds the same tensors as Q4_K_M" in _Page(body).text
-    assert _column(body, "Description")[0].startswith("Same tensors as Q4_K_M:")
+    assert _column(body, ABOUT)[0].startswith("Same tensors as Q4_K_M:")
     assert "Lowers KLD by" not in body
     assert "same tensors" not in _Page(_body(example(), theme=theme)).text.lower()
 
@@ -920,7 +923,7 @@ def test_translations_differ_and_keep_every_figure(theme: str) -> None:
         assert _Page(pages[tag]).links == _Page(pages["en"]).links
         assert _Page(pages[tag]).tags == _Page(pages["en"]).tags
         assert sum(one == other for one, other in zip(headings[tag], headings["en"], strict=True)) <= 1  # imatrix
-        figures = re.compile(r"[+-]?\d[\d,.]*\u00a0±\u00a0\d+\.\d+")
+        figures = re.compile(r"[+-]?\d[\d,.]* ±\u00a0\d+\.\d+")
         assert sorted(figures.findall(pages[tag])) == sorted(figures.findall(pages["en"]))
 
 

@@ -68,7 +68,7 @@ def about(made: Manifest, recipe: str) -> str:
 def test_numbers_stand_with_their_error(value: float, se: float | None, options: dict[str, Any], shown: str) -> None:
     text = table.plus_minus(Measured(value=value, se=se), **options)
     assert text.replace("\u00a0", " ") == shown
-    assert " " not in text  # it is not broken between number and error
+    assert text.count(" ") == text.count(" ±")  # a column may break before the sign, and nowhere else
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_file_that_a_smaller_one_beats_beyond_two_standard_errors_is_marked() 
         "⚠ Beaten by Q4_0, which is 0.50GB smaller and lower in KLD by 0.0101 ± 0.0050."
     )
     assert table.beaten_by(of(made, "Q4_0"), made) is None
-    assert about(made, "Q4_0").endswith("Nothing smaller is closer to bf16.")
+    assert about(made, "Q4_0").endswith("Nothing smaller is closer.")
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_shares_are_against_q4_0_of_the_same_machine() -> None:
     assert (same.cpu, same.backend, same.threads, same.n_prompt, same.n_generate) == ("AMD EPYC", "cpu", 2, 512, 64)
     assert same.has_shares
     assert [(row.quant, row.prompt, row.prompt_share, row.generate) for row in same.rows] == [
-        ("Q4_K_M", "61.00\u00a0±\u00a01.25", "200%", "3.00\u00a0±\u00a0?"),
-        ("Q4_0", "30.50\u00a0±\u00a00.40", "100%", "12.00\u00a0±\u00a00.10"),
+        ("Q4_K_M", "61.00 ±\u00a01.25", "200%", "3.00 ±\u00a0?"),
+        ("Q4_0", "30.50 ±\u00a00.40", "100%", "12.00 ±\u00a00.10"),
     ]
 
 
