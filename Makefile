@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .DEFAULT_GOAL := help
-.PHONY: help all-quants build test proof bench check fmt calibration-table clean
+.PHONY: help all-quants build test proof bench check fmt messages calibration-table clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ fmt: $(VENV)/.dev  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix gemma_gguf tests
 	$(BIN)/ruff format gemma_gguf tests
 
+messages: $(VENV)/.dev  ## bring the catalogues of the card's translations up to date, and compile them
+	$(BIN)/pybabel --quiet extract -F pyproject.toml -k Recipe:3 --no-location -o $(VENV)/card.pot .
+	for tag in ja zh_Hant; do $(BIN)/pybabel --quiet update -D card -i $(VENV)/card.pot -d templates/locale -l $$tag --no-fuzzy-matching --ignore-obsolete --ignore-pot-creation-date --width 120; done
+	$(BIN)/pybabel --quiet compile -D card -d templates/locale
+
 calibration-table: $(VENV)/.run  ## write calibration/parts.toml anew after editing the texts
 	$(BIN)/python -c "from gemma_gguf import calibration; print(calibration.write_table())"
 
@@ -55,7 +60,7 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV) (a few minutes the first time)"
-	$(PIP_INSTALL) -e '.[build,convert,demo]'
+	$(PIP_INSTALL) -e '.[build,convert,demo,pictures]'
 	@touch $@
 
 $(VENV)/.fuzz: pyproject.toml $(VENV)/.dev

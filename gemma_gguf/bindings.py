@@ -248,7 +248,45 @@ def _loaded(path: str, settings: Settings) -> Iterator[_Forward]:
         llama_cpp.llama_model_free(model)
 
 
-COMMANDS = {"check": check, "tokens": tokens, "base_logits": base_logits, "score": score}
+def contexts(model: str, _text: str, settings: Settings) -> dict[str, object]:
+    """What llama.cpp writes while it makes contexts, by their length.
+
+    `settings`: `lengths` in tokens, `slots` that share the cache, `ubatch` tokens computed at once. Nothing is
+    read but the header and nothing allocated: llama.cpp simulates that, as it does to fit a model to a machine. As in
+    llama-server, there is room for the logits of one token of each slot.
+    """
+    import llama_cpp  # noqa: PLC0415
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(_level: int, text: bytes, _data: object) -> None:
+        lines.append(text.decode("utf-8", errors="replace"))
+
+    llama_cpp.llama_log_set(keep, None)
+    llama_cpp.llama_backend_init()
+    how = llama_cpp.llama_model_default_params()
+    how.no_alloc, how.load_mode, how.n_gpu_layers = True, 0, 0  # 0 is LLAMA_LOAD_MODE_NONE
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
+    if not loaded:
+        raise SystemExit("".join(lines[-20:]))
+    logs: dict[str, str] = {}
+    for length in settings["lengths"]:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = length, 2048, settings["ubatch"]
+        params.n_seq_max = params.n_outputs_max = settings["slots"]
+        params.kv_unified, params.swa_full = True, False
+        lines.clear()
+        made = llama_cpp.llama_init_from_model(loaded, params)
+        if not made:
+            raise SystemExit("".join(lines[-20:]))
+        logs[str(length)] = "".join(lines)
+        llama_cpp.llama_free(made)
+    llama_cpp.llama_model_free(loaded)
+    return {"logs": logs}
+
+
+COMMANDS = {"check": check, "tokens": tokens, "base_logits": base_logits, "score": score, "contexts": contexts}
 
 if __name__ == "__main__":
     command, model_path, text_path, given = sys.argv[1:]

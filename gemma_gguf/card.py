@@ -1,94 +1,84 @@
 """Manifest -> model card. A pure function of `quantset.json`: no network, no look at the files.
 
-Consumes a `Manifest`, produces the text of README.md: front matter through huggingface_hub's `ModelCardData`, body
-from the Jinja templates of a theme, one partial per section. Undefined names are errors, not blanks. Everything that
-comes from a model's own card is quoted by the YAML writer or escaped for Markdown on its way.
+Consumes a `Manifest`, produces the text of README.md and of its translations: front matter through huggingface_hub's
+`ModelCardData`, body from the Jinja templates of a theme, one partial per section. What both themes share lies in
+`sections/`; a theme's directory overrides it, and a maintainer's own directory overrides both, file by file.
+Undefined names are errors, not blanks. Everything that comes from a model's own card is quoted by the YAML writer or
+escaped for Markdown on its way, in every language. Messages are English in the templates; the catalogues that
+translate them are gettext's (`make messages` keeps them up to date).
 """
 
+import gettext
 import re
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from huggingface_hub import ModelCardData
 
-from gemma_gguf import recipes
-from gemma_gguf.manifest import FileEntry, Manifest
+from gemma_gguf import memory, pictures, prompts, recipes, table
+from gemma_gguf.errors import BadInputError
+from gemma_gguf.manifest import Manifest
 from gemma_gguf.resources import TEMPLATES
+from gemma_gguf.table import gigabytes
 
-THEME = "modern"
-# Keys of the original card that mean the same on a card of quants.
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+THEMES = ("modern", "classic")
+# Language tag -> its own name; README.md is English. A new language is a row here and a catalogue.
+LANGUAGES: Mapping[str, str] = {"en": "English", "ja": "日本語", "zh-Hant": "繁體中文"}
+_NO_SPACE = frozenset({"ja", "zh-Hant"})  # sentences follow each other without one
+# Keys of the original card that mean the same on a card of quants; everything about gating comes along, too.
+# `licence` and `model_name` are what TRL writes into the cards of models it trained.
 CARRIED_KEYS = (
     "license_name",
     "license_link",
+    "licence",
     "language",
     "datasets",
+    "metrics",
+    "model_name",
     "pipeline_tag",
-    "extra_gated_heading",
-    "extra_gated_prompt",
-    "extra_gated_button_content",
 )
+GATING = "extra_gated_"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the download table."""
+class Language:
+    """One rendering of a card. `current` is the one that is being read."""
 
+    tag: str
     name: str
-    quant: str
-    size: str  # decimal GB
-    n_bytes: int
-    bpw: str
-    about: str
-    split: bool
+    file: str
+    current: bool
 
 
-def gigabytes(n_bytes: int) -> str:
-    """Decimal GB with two digits, as the Hub and the reference cards show sizes: `0.24GB`; MB below 10 MB."""
-    return f"{n_bytes / 1e9:.2f}GB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2f}MB"
+def card_files(languages: tuple[str, ...]) -> dict[str, str]:
+    """{language tag: file name}, English first: README.md is always there and always English.
+
+    Raises `BadInputError` for a language without a catalogue.
+    """
+    for tag in languages:
+        if tag not in LANGUAGES:
+            raise BadInputError(f"there is no card in {tag!r}", next_step=f"Choose from: {', '.join(LANGUAGES)}.")
+    ordered = ["en", *(tag for tag in LANGUAGES if tag != "en" and tag in languages)]
+    return {tag: "README.md" if tag == "en" else f"README.{tag}.md" for tag in ordered}
 
 
-def table_rows(manifest: Manifest) -> list[Row]:
-    """mmproj first, then the models, each largest first; files of one size stay in the recipes' order."""
-    order = {name: index for index, name in enumerate(recipes.TABLE)}
-
-    def place(entry: FileEntry) -> tuple[int, int, int]:
-        return (entry.kind != "mmproj", -entry.n_bytes, order.get(entry.recipe or "", len(order)))
-
-    shown = [entry for entry in manifest.files if entry.kind != "imatrix"]
-    return [_row(entry, manifest) for entry in sorted(shown, key=place)]
+# --- front matter ------------------------------------------------------------------------------------------------
 
 
-def _row(entry: FileEntry, manifest: Manifest) -> Row:
-    outtype = entry.name.removesuffix(".gguf").rpartition("-")[2]
-    senses = [word for word, has in (("vision", manifest.model.vision), ("audio", manifest.model.audio)) if has]
-    kind = " and ".join(senses).capitalize()
-    about = entry.about or f"{kind} projector in {outtype}; needed beside any file below"
-    if entry.parent is not None and not entry.differs:
-        about = f"Same tensors as {entry.parent}: in this model embedding and output have Q8_0 there already"
-    elif entry.fallbacks:
-        n = sum(entry.fallbacks.values())
-        of_256 = all("_K" in pair.partition(" ")[0] or pair.startswith("IQ") for pair in entry.fallbacks)
-        why = "are not divisible by 256" if of_256 else "do not allow the usual one"
-        tensors = "1 tensor" if n == 1 else f"{n} tensors"
-        about += f"; {tensors} in another type because {'its' if n == 1 else 'their'} columns {why}"
-    return Row(
-        name=entry.name,
-        quant=entry.recipe or f"mmproj {outtype}",
-        size=gigabytes(entry.n_bytes),
-        n_bytes=entry.n_bytes,
-        bpw=f"{entry.bpw:.2f}" if entry.bpw is not None else "",
-        about=about,
-        split="/" in entry.name,
-    )
-
-
-def front_matter(manifest: Manifest) -> ModelCardData:
+def front_matter(manifest: Manifest) -> "ModelCardData":
     """Keys the Hub reads. The licence and the gating fields are the original card's, never a constant."""
+    from huggingface_hub import ModelCardData  # noqa: PLC0415 - slow to import, and `card --help` needs none
+
     model = manifest.model
     original = model.front_matter
-    carried = {key: original[key] for key in CARRIED_KEYS if key in original}
+    carried = {key: original[key] for key in original if key in CARRIED_KEYS or str(key).startswith(GATING)}
+    carried.setdefault("pipeline_tag", _pipeline_tag(manifest))
     listed = original.get("tags")
     listed = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
     tags = [tag for tag in listed if isinstance(tag, str)]
@@ -98,14 +88,28 @@ def front_matter(manifest: Manifest) -> ModelCardData:
         base_model_relation="quantized" if model.repo else None,
         license=model.license,
         tags=list(dict.fromkeys([*tags, "gguf", "imatrix"] if manifest.imatrix else [*tags, "gguf"])),
-        quantized_by="gemma-gguf",
+        quantized_by=manifest.card.quantized_by,
         **carried,
     )
 
 
+def _pipeline_tag(manifest: Manifest) -> str:
+    """What the Hub calls the task, where the original card leaves it to the Hub to find out."""
+    model = manifest.model
+    if model.gguf_arch == "gemma-embedding":
+        return "sentence-similarity"
+    if model.audio:
+        return "any-to-any"
+    return "image-text-to-text" if model.vision else "text-generation"
+
+
+# --- escaping ----------------------------------------------------------------------------------------------------
+
+
 def _escape(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
-    flat = " ".join(str(text).split())
+    # A no-break space keeps a number and its error together, so only what breaks lines is made a space.
+    flat = re.sub(r"[^\S\u00a0]+", " ", str(text)).strip(" ")
     for character in "\\`*{}[]#|~":
         flat = flat.replace(character, f"\\{character}")
     flat = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", flat)  # inside a word it emphasises nothing
@@ -114,41 +118,215 @@ def _escape(text: object) -> str:
 
 def _code(text: object) -> str:
     """Text inside a Markdown code span, also in a table cell: no backtick, no bar, one line."""
-    return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    return _fenced(text).replace("|", "\\|")
 
 
-def context(manifest: Manifest) -> dict[str, Any]:
-    """Everything the templates may name."""
-    build = manifest.llama_cpp
+def _fenced(text: object) -> str:
+    """Text on one line of a fenced code block: no backtick ends the block."""
+    return " ".join(str(text).split()).replace("`", "'")
+
+
+def _wide(heading: object) -> str:
+    """A heading that keeps its column as wide as some words: invisible spaces around it, and no line break inside.
+
+    A reader's program gives the last column what the others leave, which can be one word or one ideograph; 7 spaces on
+    each side are what a page of 980 pixels has room for. Word joiners keep them from being trimmed off the cell.
+    """
+    spaces, text = "\u00a0" * 7, "\u2060".join(str(heading))
+    return f"\u2060{spaces}{text}{spaces}\u2060"
+
+
+# --- what the templates may name ---------------------------------------------------------------------------------
+
+
+def sampling_settings(manifest: Manifest) -> tuple[dict[str, str], str]:
+    """({setting: value}, the same as arguments of llama-server) that the checkpoint recommends; empty if none."""
+    sampling = manifest.model.sampling
+    if sampling is None:
+        return {}, ""
+    if sampling.do_sample is False:
+        return {"do_sample": "false"}, " --temp 0"
+    flags = {
+        "temperature": "--temp",
+        "top_k": "--top-k",
+        "top_p": "--top-p",
+        "min_p": "--min-p",
+        "repetition_penalty": "--repeat-penalty",
+    }
+    stated = {name: f"{value:g}" for name in flags if (value := getattr(sampling, name)) is not None}
+    return stated, "".join(f" {flags[name]} {value}" for name, value in stated.items())
+
+
+def python_sampling(manifest: Manifest) -> str:
+    """The same as keyword arguments of llama-cpp-python's calls: `, temperature=1, top_k=64`."""
+    stated, _ = sampling_settings(manifest)
+    if "do_sample" in stated:
+        return ", temperature=0"
+    names = {"repetition_penalty": "repeat_penalty"}
+    return "".join(f", {names.get(name, name)}={value}" for name, value in stated.items())
+
+
+def reproduce_command(manifest: Manifest) -> str:
+    """The command that makes this set again, from what its files and stages record."""
+    model, imatrix = manifest.model, manifest.stages.get("imatrix")
+    argv = ["gemma-gguf", "run"]
+    if model.origin == "demo":
+        argv.append("demo")
+    elif model.origin == "hub":
+        argv.append(f"{model.repo}@{model.revision}" if model.revision else str(model.repo))
+    else:
+        argv += [f"./{model.model}", *(["--name", model.repo] if model.repo else [])]
+    argv += ["--llama-cpp", manifest.llama_cpp.source]
+    if manifest.llama_cpp.backend != "cpu":
+        argv += ["--backend", manifest.llama_cpp.backend]
+    made = {entry.recipe for entry in manifest.files if entry.kind == "model"} | set(manifest.recipes)
+    if made and made != set(recipes.DEFAULT_NAMES):
+        order = [*recipes.TABLE, *sorted(name for name in made if name and name not in recipes.TABLE)]
+        argv += ["--recipes", ",".join(name for name in order if name in made)]
+    convert = manifest.stages.get("convert")
+    if convert is not None and not convert.argv:
+        argv += ["--base", f"{manifest.stem}-bf16.gguf"]
+    if imatrix is not None and not imatrix.argv:
+        argv += ["--imatrix", f"{manifest.stem}-imatrix.gguf"]
+    elif imatrix is not None and manifest.calibration is not None:
+        if manifest.calibration.name != "default":
+            argv += ["--calibration", manifest.calibration.name]
+        argv += _after(imatrix.argv[0], "--chunks", "--chunks") + _after(imatrix.argv[0], "-ngl", "--gpu-layers")
+    return shlex.join(argv)
+
+
+def _after(argv: list[str], option: str, ours: str) -> list[str]:
+    """[ours, value] when a tool was called with `option value`, but for the value 0."""
+    if option not in argv[:-1]:
+        return []
+    value = argv[argv.index(option) + 1]
+    return [ours, value] if value != "0" else []
+
+
+def context(manifest: Manifest, language: str = "en", words: gettext.NullTranslations | None = None) -> dict[str, Any]:
+    """Everything the templates may name; `words` translates what is said in rows."""
+    words = words or gettext.NullTranslations()
+    build, picked = manifest.llama_cpp, table.pick(manifest)
+    quality = table.qualities(manifest)
+    setups = {(q.text, q.text_sha256, q.mode, q.chunk_size, q.n_chunks, q.n_tokens): q for q in quality.values()}
     large = [entry for entry in manifest.files if entry.parent is not None]
+    sampling, sampling_flags = sampling_settings(manifest)
+    models = [entry for entry in manifest.files if entry.kind == "model"]
+    projectors = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
     return {
         "manifest": manifest,
         "model": manifest.model,
         "build": build,
         "build_name": f"b{build.build_number}" if build.build_number else build.version,
-        "imatrix_file": next((e.name for e in manifest.files if e.kind == "imatrix"), None),
-        "rows": table_rows(manifest),
-        "has_mmproj": any(entry.kind == "mmproj" for entry in manifest.files),
+        "languages": [
+            Language(tag, LANGUAGES[tag], file, tag == language)
+            for tag, file in card_files(tuple(manifest.card.languages)).items()
+        ],
+        "repo": manifest.card.repo or f"YOUR_NAMESPACE/{manifest.stem}-GGUF",
+        "is_published": manifest.card.repo is not None,
+        "is_embedding": manifest.model.gguf_arch == "gemma-embedding",
+        "sampling": sampling,
+        "sampling_flags": sampling_flags,
+        "python_sampling": python_sampling(manifest),
+        "imatrix_file": next((e for e in manifest.files if e.kind == "imatrix"), None),
+        "rows": table.download_rows(manifest, words, "" if language in _NO_SPACE else " "),
+        "is_partial": table.is_partial(manifest),
+        "n_made": len(models),
+        "n_measured": len(quality),
+        "n_asked": len(set(manifest.recipes) | {entry.recipe for entry in models}),
+        "older": [entry for entry in manifest.files if entry.build != build.key],
+        "setups": list(setups.values()),
+        "pick": picked,
+        "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
+        "splits": [entry for entry in models if "/" in entry.name],
+        # The smaller of two projectors that both run everywhere: f16.
+        "mmproj": next((e for e in projectors if e.name.endswith("-f16.gguf")), projectors[0] if projectors else None),
         "large": large,
         "large_equal": [entry for entry in large if not entry.differs],
+        "large_rows": table.large_rows(manifest),
         "repacked": [e for e in manifest.files if e.recipe in {"Q4_0", "IQ4_NL"}],
+        "speeds": table.speed_tables(manifest),
+        "reproduce": reproduce_command(manifest),
+        "choices": memory.choices(manifest),
+        "prompt_kinds": [example.kind for example in manifest.prompts.examples] if manifest.prompts else [],
+        "pictures": {name: pictures.alt_text(name, data, words) for name, data in pictures.shown(manifest).items()},
+        "undrawn": sorted(set(pictures.all_data(manifest)) - set(pictures.shown(manifest))),
     }
 
 
-def render(manifest: Manifest, templates: Path | None = None) -> str:
-    """The whole README.md. `templates` is a directory whose files override the theme's, partial by partial."""
-    theme = TEMPLATES / THEME
-    loader = jinja2.FileSystemLoader([*([templates] if templates else []), theme])
-    environment = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML; foreign text goes through the `md` filter
-    )
-    environment.filters["md"] = _escape
-    environment.filters["code"] = _code
-    environment.filters["gb"] = gigabytes
-    body = environment.get_template("README.md.j2").render(context(manifest))
-    return f"---\n{front_matter(manifest).to_yaml()}\n---\n{body}"
+# --- rendering ---------------------------------------------------------------------------------------------------
+
+
+def translations(language: str) -> gettext.NullTranslations:
+    """The catalogue of a language; English needs none."""
+    if language == "en":
+        return gettext.NullTranslations()
+    return gettext.translation("card", TEMPLATES / "locale", [language.replace("-", "_")])
+
+
+class Renderer:
+    """A theme's templates, compiled once: cards of many sets are rendered with one of these.
+
+    `templates` is a directory whose files override the theme's, partial by partial.
+    """
+
+    def __init__(self, templates: Path | None = None) -> None:
+        self._templates = templates
+        self._environments: dict[tuple[str, str], jinja2.Environment] = {}
+        self._words: dict[str, gettext.NullTranslations] = {}
+
+    def render(self, manifest: Manifest, language: str = "en") -> str:
+        """The whole README.md in one language.
+
+        Raises `BadInputError` when a template names what does not exist, or a fact that a card needs is not recorded.
+        """
+        words = self._words.setdefault(language, translations(language))
+        place = (manifest.card.theme, language)
+        if place not in self._environments:
+            self._environments[place] = self._environment(manifest.card.theme, words)
+        try:
+            body = self._environments[place].get_template("README.md.j2").render(context(manifest, language, words))
+        except jinja2.TemplateError as error:
+            raise BadInputError(
+                f"the card of {manifest.stem} cannot be rendered: {_place(error)}{error}",
+                next_step="Correct the template; the names it may use are those of card.context.",
+            ) from error
+        return f"---\n{front_matter(manifest).to_yaml()}\n---\n{body}"
+
+    def _environment(self, theme: str, words: gettext.NullTranslations) -> jinja2.Environment:
+        own = [self._templates] if self._templates else []
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader([*own, TEMPLATES / theme, TEMPLATES / "sections"]),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            autoescape=False,  # Markdown, not HTML; foreign text goes through the `md` filter
+            extensions=["jinja2.ext.i18n"],
+        )
+        environment.policies["ext.i18n.trimmed"] = True
+        environment.install_gettext_translations(words, newstyle=True)  # type: ignore[attr-defined]
+        environment.filters["md"] = _escape
+        environment.filters["code"] = _code
+        environment.filters["fenced"] = _fenced
+        environment.filters["gb"] = gigabytes
+        environment.filters["wide"] = _wide
+        environment.filters["block"] = prompts.block
+        environment.filters["tokens"] = memory.short_tokens
+        return environment
+
+
+def _place(error: jinja2.TemplateError) -> str:
+    """Where in which template, as far as Jinja's traceback knows: `title.md.j2, line 3: `."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.suffix == ".j2":
+            place = f"{file.name}, line {trace.tb_lineno}: "
+        trace = trace.tb_next
+    return place
+
+
+def render(manifest: Manifest, templates: Path | None = None, language: str = "en") -> str:
+    """The whole README.md of one set, or its translation; see `Renderer`."""
+    return Renderer(templates).render(manifest, language)

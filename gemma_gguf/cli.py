@@ -14,6 +14,7 @@ import click
 import gemma_gguf
 from gemma_gguf import (
     calibration,
+    card,
     demo,
     evaluate,
     evidence,
@@ -30,7 +31,8 @@ from gemma_gguf import (
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
-from gemma_gguf.session import Done, Options
+from gemma_gguf.pictures import Drawn
+from gemma_gguf.session import CardOptions, Done, Options
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -280,6 +282,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         rehash=given["rehash"],
         wait=given["wait"],
         templates=given.get("templates"),
+        card=_chosen(given),
     )
 
 
@@ -302,11 +305,31 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
     )
 
 
-_templates = click.option(
-    "--templates",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Directory whose templates override the card's, file by file.",
+def _tags(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(tag.strip() for tag in value.split(",") if tag.strip())
+
+
+_card_options = _with_options(
+    click.option("--theme", type=click.Choice(card.THEMES), help="Layout of the card (at first: modern)."),
+    click.option(
+        "--lang",
+        "languages",
+        callback=_tags,
+        metavar="TAG,...",
+        help=f"Languages of the card, of {','.join(card.LANGUAGES)}; README.md is English (at first: en).",
+    ),
+    click.option("--quantized-by", metavar="NAME", help="Who makes the set, for the card (at first: gemma-gguf)."),
+    click.option("--repo", metavar="NAMESPACE/NAME", help="Where the set is on the Hub, for the card's commands."),
+    click.option(
+        "--templates",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Directory whose templates override the card's, file by file.",
+    ),
 )
+
+
+def _chosen(given: Mapping[str, Any]) -> CardOptions:
+    return CardOptions(**{name: given.get(name) for name in ("theme", "languages", "quantized_by", "repo")})
 
 
 @main.command()
@@ -315,7 +338,7 @@ _templates = click.option(
     "--evaluate/--no-evaluate", default=True, show_default=True, help="Measure quality and speed before the card."
 )
 @_evaluation_options
-@_templates
+@_card_options
 @click.pass_context
 def run(ctx: click.Context, /, **given: Any) -> None:
     """Make the whole quant set of MODEL: demo, a checkpoint directory, or a hub id with an optional @revision.
@@ -480,19 +503,22 @@ def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> No
     )
 
 
-@main.command()
+@main.command(name="card")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
-@_templates
+@_card_options
 @_json
 @click.pass_context
-def card(ctx: click.Context, directories: tuple[Path, ...], templates: Path | None) -> None:
-    """Render README.md of each set anew from its quantset.json.
+def card_command(ctx: click.Context, /, directories: tuple[Path, ...], **given: Any) -> None:
+    """Render README.md of each set anew from its quantset.json, which remembers the options.
 
     \b
     gemma-gguf card out/*-GGUF
+    gemma-gguf card out/*-GGUF --theme classic --lang en,ja,zh-Hant
     """
     console = _console(ctx)
-    written = {str(directory): factory.write_card(directory, templates) for directory in directories}
+    renderer = card.Renderer(given["templates"])
+    drawn: dict[str, Drawn] = {}
+    written = {str(path): factory.write_card(path, renderer, _chosen(given), drawn) for path in directories}
     for directory, made in written.items():
         console.say(f"{directory}: {'written' if made else 'unchanged'}")
     console.document({"cards": written})

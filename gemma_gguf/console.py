@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from gemma_gguf.card import gigabytes
 from gemma_gguf.doctor import Check
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.planning import SetPlan
 from gemma_gguf.proof import Verified
 from gemma_gguf.session import Done, Report
+from gemma_gguf.table import gigabytes
 
 PLAIN_WIDTH = 160  # columns of tables in a log
 PLAIN_SECONDS = 20.0  # between progress lines when nobody watches a terminal

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from gemma_gguf import (
     calibration,
     card,
+    chat,
     convert,
     evidence,
     fanout,
@@ -22,8 +24,11 @@ from gemma_gguf import (
     imatrix,
     llama_cpp,
     manifest,
+    memory,
+    pictures,
     plan,
     planning,
+    prompts,
     proof,
     quantize,
     recipes,
@@ -31,22 +36,25 @@ from gemma_gguf import (
     survey,
     verify,
 )
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.files import (
     copy,
     link_or_copy,
     partial_path,
     replace_durably,
+    sha256_bytes,
+    sha256_file,
     sha256_json,
     write_atomic,
 )
 from gemma_gguf.kernel_check import Checked
-from gemma_gguf.manifest import CalibrationFacts, FileEntry, ImatrixFacts, StageRecord
+from gemma_gguf.manifest import CalibrationFacts, ContextMemory, FileEntry, ImatrixFacts, Manifest, Picture, StageRecord
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import (
     WORK,
+    CardOptions,
     Done,
     Options,
     Report,
@@ -82,7 +90,13 @@ def run(
     started = time.monotonic()
     warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
     name = source.understand(options.model, options.name)
-    stages = {"convert": _convert, "imatrix": _imatrix, "quantize": _quantize, "evaluate": _evaluate, "card": _card}
+    stages = {
+        "convert": _convert_and_describe,
+        "imatrix": _imatrix,
+        "quantize": _quantize,
+        "evaluate": _evaluate,
+        "card": _card,
+    }
     with open_run(options, name, progress, say, take_away) as state:
         for warning in warnings:
             state.log.note(f"{warning.name}: {warning.what}")
@@ -97,6 +111,11 @@ def run(
 
 
 # --- convert -----------------------------------------------------------------------------------------------------
+
+
+def _convert_and_describe(state: Run) -> None:
+    _convert(state)
+    _describe(state)
 
 
 def _convert(state: Run) -> None:
@@ -167,6 +186,55 @@ def _given_base(state: Run, base: Path) -> None:
     state.did(Done("convert", state.base.name, False, "given with --base", 0.0, base.stat().st_size))
 
 
+def _describe(state: Run) -> None:
+    """Into the manifest what cards tell of a model and only its base knows: memory of a context, and prompts."""
+    template = state.source.facts.chat_template
+    key = sha256_json(["describe", 1, state.memory.sha256(state.base), template, state.build.key])
+    if stage_is_done(state, "describe", key) is not None:
+        return
+    started = time.monotonic()
+    state.progress("asking what a context takes", 0, 1, "models")
+    header = gguf_io.read_header(state.base)
+    new = state.manifest.model_copy(
+        update={
+            "context": memory.context_facts(header, _measured_contexts(state, header), state.build.key),
+            "prompts": None if template is None else prompts.prompt_facts(template, _renderer(header)),
+        }
+    )
+    seconds = round(time.monotonic() - started, 2)
+    state.record(new.with_stage("describe", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
+
+
+def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory]:
+    """What llama.cpp says of contexts of the base; nothing where it cannot be asked, and cards say so."""
+    if state.build.bindings is None:
+        return []
+    lengths = memory.contexts_of(memory.context_facts(header, [], "").n_ctx_train)
+    asked = {"lengths": lengths, "slots": memory.SLOTS, "ubatch": memory.UBATCH}
+    try:
+        logs = llama_cpp.ask_bindings(state.build, "contexts", state.base, None, state.log, settings=asked)["logs"]
+        return [memory.parse_context_log(n_ctx, logs[str(n_ctx)]) for n_ctx in lengths]
+    except ToolFailedError as error:
+        state.log.note(f"what contexts take is estimated: {error.what}")
+        return []
+
+
+def _renderer(header: gguf_io.Header) -> prompts.Render:
+    """The sandboxed renderer with the texts of the model's own first and last token."""
+    tokens = header.get("tokenizer.ggml.tokens", [])
+
+    def token(name: str) -> str:
+        number = header.get(f"tokenizer.ggml.{name}_token_id")
+        return tokens[number] if isinstance(number, int) and number < len(tokens) else ""
+
+    bos, eos = token("bos"), token("eos")
+
+    def render(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
+        return chat.render(template, messages, tools=tools, bos_token=bos, eos_token=eos, now=prompts.NOW)
+
+    return render
+
+
 # --- imatrix -----------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +252,9 @@ def _imatrix(state: Run) -> None:
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
     key = sha256_json([*identity, options.reference] if options.reference else identity)
     if (why := stage_is_done(state, "imatrix", key)) is not None:
+        if state.manifest.imatrix is not None and not state.manifest.imatrix.coverage:  # made before it was recorded
+            complete = state.manifest.imatrix.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
+            state.record(state.manifest.model_copy(update={"imatrix": complete}))
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
     why = why_again(state, "imatrix", key)
@@ -301,6 +372,7 @@ def _record_imatrix(
                 chunk_size=made.chunk_size,
                 n_entries=len(made.entries),
                 datasets=list(made.datasets),
+                coverage=imatrix.coverage(made),
             ),
         }
     )
@@ -571,16 +643,70 @@ def _evaluate(state: Run) -> None:
 def _card(state: Run) -> None:
     started = time.monotonic()
     manifest.save(state.manifest, state.set_dir)
-    made = write_card(state.set_dir, state.options.templates)
+    made = write_card(state.set_dir, card.Renderer(state.options.templates))
+    state.manifest = manifest.load(state.set_dir)
     why = "rendered from quantset.json" if made else "quantset.json unchanged"
     state.did(Done("card", "README.md", made, why, time.monotonic() - started))
 
 
-def write_card(set_dir: Path, templates: Path | None = None) -> bool:
-    """Render README.md of a set from its manifest; False when it already was just that."""
-    text = card.render(manifest.load(set_dir), templates)
-    path = set_dir / "README.md"
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_atomic(path, text)
-    return True
+def write_card(
+    set_dir: Path,
+    renderer: card.Renderer,
+    chosen: CardOptions | None = None,
+    drawn: dict[str, pictures.Drawn] | None = None,
+) -> bool:
+    """Render README.md of a set, its translations and pictures from its manifest; False when they were just that.
+
+    What is chosen now is recorded first, so that the next rendering needs no options. Cards in languages that are no
+    longer chosen are deleted: they would tell of an older state. `drawn` holds pictures by the hash of their data:
+    sets that show the same share the work.
+    """
+    recorded = manifest.load(set_dir)
+    choices = (chosen or CardOptions()).chosen(recorded.card)
+    now = _draw_pictures(set_dir, recorded, {} if drawn is None else drawn)
+    facts = recorded.model_copy(update={"card": choices, "pictures": now})
+    changed = facts != recorded
+    if changed:
+        manifest.save(facts, set_dir)
+    files = card.card_files(tuple(choices.languages))
+    for language, name in files.items():
+        text, path = renderer.render(facts, language), set_dir / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+            changed = True
+    for name in set(card.card_files(tuple(card.LANGUAGES)).values()) - set(files.values()):
+        if (set_dir / name).is_file():
+            (set_dir / name).unlink()
+            changed = True
+    return changed
+
+
+def _draw_pictures(set_dir: Path, facts: Manifest, drawn: dict[str, pictures.Drawn]) -> dict[str, Picture]:
+    """Have under `assets/` the pictures of what the manifest holds, and none that shows something else.
+
+    Nothing is drawn, and matplotlib not imported, while the data is that of the pictures and they are whole.
+    """
+    kept: dict[str, Picture] = {}
+    for name, data in pictures.all_data(facts).items():
+        digest = pictures.data_hash(data)
+        old = facts.pictures.get(name)
+        svg, png = (set_dir / pictures.FOLDER / f"{name}.{kind}" for kind in ("svg", "png"))
+        if old is not None and old.data_sha256 == digest and _is(svg, old.svg_sha256) and _is(png, old.png_sha256):
+            kept[name] = old
+        elif pictures.can_draw():
+            made = drawn[digest] if digest in drawn else pictures.draw(name, data)
+            drawn[digest] = made
+            write_atomic(svg, made.svg)
+            write_atomic(png, made.png)
+            kept[name] = Picture(
+                data_sha256=digest, svg_sha256=sha256_bytes(made.svg), png_sha256=sha256_bytes(made.png)
+            )
+    for name in pictures.NAMES:
+        if name not in kept:  # its evidence is gone, or it would show other data
+            for kind in ("svg", "png"):
+                (set_dir / pictures.FOLDER / f"{name}.{kind}").unlink(missing_ok=True)
+    return kept
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_file(path) == digest

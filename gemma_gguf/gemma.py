@@ -6,6 +6,8 @@ Consumes nothing, produces frozen rows; a checkpoint's own files win over the ta
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gemma_gguf.manifest import Support
+
 
 @dataclass(frozen=True)
 class Family:
@@ -14,18 +16,36 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     gguf_arch: str
+    support: Support
 
 
+def _since(pull_request: int, merged: str, release: str | None = None) -> Support:
+    return Support(pull_request=pull_request, merged=merged, release=release)
+
+
+# Since when llama.cpp loads each: the pull request that added the architecture, the day it was merged, and the first
+# release where a source names it (ggml-org/llama.cpp#12345 tried b4875; abetlen/llama-cpp-python#2065 names b6384).
 FAMILIES = (
-    Family("Gemma 1", ("GemmaForCausalLM",), "gemma"),
-    Family("Gemma 2", ("Gemma2ForCausalLM",), "gemma2"),
-    Family("Gemma 3", ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), "gemma3"),
-    Family("EmbeddingGemma", ("Gemma3TextModel",), "gemma-embedding"),
-    Family("Gemma 3n", ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), "gemma3n"),
+    Family("Gemma 1", ("GemmaForCausalLM",), "gemma", _since(5631, "2024-02-21")),
+    Family("Gemma 2", ("Gemma2ForCausalLM",), "gemma2", _since(8156, "2024-06-28")),
+    Family(
+        "Gemma 3",
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        "gemma3",
+        _since(12343, "2025-03-12", "b4875"),
+    ),
+    Family("EmbeddingGemma", ("Gemma3TextModel",), "gemma-embedding", _since(15798, "2025-09-04", "b6384")),
+    Family(
+        "Gemma 3n",
+        ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+        "gemma3n",
+        _since(14400, "2025-06-26"),
+    ),
     Family(
         "Gemma 4",
         ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
         "gemma4",
+        _since(21309, "2026-04-02"),
     ),
 )
 _BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}

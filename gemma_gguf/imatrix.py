@@ -20,12 +20,14 @@ from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import partial_path, replace_durably
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
+from gemma_gguf.manifest import Coverage
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
 SEGMENT_CHUNKS = 32  # of one run: what a kill can cost
 FIELDS = (".in_sum2", ".counts")
 MAX_BYTES = 2_000_000_000  # of a file, all of which is read; of a Gemma 4 with 128 experts it is some 80 MB
+ACTIVE = 1e-5  # mean squared activation above which llama-imatrix counts a column as active
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,51 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
 def _shape_there(entry: Entry, experts: int) -> str:
     n_experts, columns = entry.sums.shape
     return f"has {columns} columns there" if n_experts == experts else f"has {n_experts} experts there"
+
+
+def coverage(imatrix: Imatrix) -> list[Coverage]:
+    """What the imatrix saw, by kind of weight and layer: tokens, experts without data, and how its columns compare.
+
+    Every token reaches every column of a dense weight, so tokens differ between experts alone. What differs everywhere
+    is how unevenly importance lies on the columns: `active` and `evenness` are the figures that
+    `llama-imatrix --show-statistics` prints as "% Active" and "E(norm)".
+    """
+    layers: dict[str, dict[int, Entry]] = {}
+    for name, entry in imatrix.entries.items():
+        if match := re.fullmatch(r"blk\.(\d+)\.([\w.]{1,60}?)(?:\.weight)?", name):
+            layers.setdefault(match[2], {})[int(match[1])] = entry
+    rows = []
+    for kind, by_layer in sorted(layers.items()):
+        entries = [by_layer[layer] for layer in sorted(by_layer)]
+        figures = [_importance(entry) for entry in entries]
+        counts = [np.sort(entry.counts) for entry in entries]
+        rows.append(
+            Coverage(
+                kind=kind,
+                layers=sorted(by_layer),
+                n_experts=max(len(count) for count in counts),
+                tokens_min=[int(count[0]) for count in counts],
+                tokens_median=[int(count[len(count) // 2]) for count in counts],
+                tokens_max=[int(count[-1]) for count in counts],
+                unseen=[int((count == 0).sum()) for count in counts],
+                active=[round(active, 6) for active, _ in figures],
+                evenness=[round(evenness, 6) for _, evenness in figures],
+            )
+        )
+    return rows
+
+
+def _importance(entry: Entry) -> tuple[float, float]:
+    """(share of columns whose mean squared activation is above 1e-5, their normalised entropy), of seen experts."""
+    seen = entry.counts > 0
+    if not seen.any():
+        return 0.0, 0.0
+    means = (entry.sums[seen].astype(np.float64) / entry.counts[seen, None]).reshape(-1)
+    total = means.sum()
+    if not total or means.size < 2:
+        return float((means > ACTIVE).mean()), 0.0
+    shares = means[means > 0] / total
+    return float((means > ACTIVE).mean()), float(max(0.0, -(shares * np.log2(shares)).sum() / np.log2(means.size)))
 
 
 def write_placeholder(path: Path, base: Header, dataset: str) -> None:

@@ -742,7 +742,7 @@ def ask_bindings(
     build: Build,
     command: str,
     model: Path,
-    text: Path,
+    text: Path | None,
     log: RunLog,
     *,
     settings: Mapping[str, object] | None = None,
@@ -761,7 +761,7 @@ def ask_bindings(
         "gemma_gguf.bindings",
         command,
         str(model.resolve()),
-        str(text.resolve()),
+        str(text.resolve()) if text else "",
         json.dumps(settings or {}),
     ]
     env = python_env(build)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from gemma_gguf.errors import BadInputError
@@ -23,6 +23,7 @@ MAX_BYTES = 16_000_000  # of the whole document; that of the demo's 27 files has
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 # A file of the set, never a path out of it: one component, or two for a folder of shards.
 SetPath = Annotated[str, Field(pattern=r"^[\w][\w.+-]*(/[\w][\w.+-]*)?$", max_length=255)]
 
@@ -36,6 +37,25 @@ def _whole_number(value: object) -> object:
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Sampling(_Model):
+    """How the checkpoint's generation_config.json says to sample; `None` where it does not say."""
+
+    do_sample: bool | None
+    temperature: float | None
+    top_k: Count | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+
+
+class Support(_Model):
+    """Since when llama.cpp loads an architecture. `release` is None where no source names the first one."""
+
+    pull_request: Count
+    merged: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    release: Annotated[str, Field(pattern=r"^b\d{1,6}$")] | None
 
 
 class ModelFacts(_Model):
@@ -56,6 +76,8 @@ class ModelFacts(_Model):
     qat: bool
     license: str | None
     chat_template: str | None
+    sampling: Sampling | None  # None: of schema 1, which did not record it
+    support: Support | None
     front_matter: dict[str, Any]  # of the original card
     base_is_dequantised: bool
 
@@ -101,6 +123,31 @@ class ImatrixFacts(_Model):
     chunk_size: Count  # tokens
     n_entries: Count
     datasets: list[str]
+    coverage: list["Coverage"]  # empty: of schema 1, which did not record it
+
+
+class Coverage(_Model):
+    """What the imatrix saw of one kind of weight. Each list has one number for every layer in `layers`.
+
+    A tensor of several experts counts the tokens that each of them was given.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[\w.]{1,60}$")]  # `ffn_down_exps`
+    layers: list[Count]
+    n_experts: Count
+    tokens_min: list[Count]  # of the expert that saw the fewest
+    tokens_median: list[Count]
+    tokens_max: list[Count]
+    unseen: list[Count]  # experts without any data
+    active: list[float]  # share of columns whose mean squared activation is above 1e-5
+    evenness: list[float]  # entropy of the columns' importance over its maximum: 1 when all count the same
+
+    @model_validator(mode="after")
+    def _one_number_per_layer(self) -> "Coverage":
+        lists = (self.tokens_min, self.tokens_median, self.tokens_max, self.unseen, self.active, self.evenness)
+        if any(len(numbers) != len(self.layers) for numbers in lists):
+            raise PydanticCustomError("per_layer", "every list should have one number per layer")
+        return self
 
 
 class Checks(_Model):
@@ -186,6 +233,62 @@ class Evidence(_Model):
     speed: Speed | None
 
 
+class CacheGroup(_Model):
+    """Layers whose keys and values take the same room in the cache."""
+
+    n_layers: Count
+    windowed: bool  # keeps the last tokens alone, not the whole context
+    k_width: Count  # elements per token and layer
+    v_width: Count
+
+
+class ContextMemory(_Model):
+    """What llama.cpp said one context takes beside the weights, in bytes."""
+
+    n_ctx: Count
+    cache_bytes: Count
+    compute_bytes: Count
+    output_bytes: Count
+
+
+class ContextFacts(_Model):
+    """What a context of the model takes in memory: the base's own numbers, and what llama.cpp made of them."""
+
+    n_ctx_train: Count
+    n_embd: Count
+    n_ff: Count  # the widest layer's, all experts of one token together
+    q_width: Count  # elements of all queries of one token, in the widest layer
+    n_embd_per_layer: Count  # of all layers together; 0 for models without such embeddings
+    n_vocab: Count
+    window: Count  # tokens; 0 when no layer is windowed
+    cache: list[CacheGroup]
+    measured: list[ContextMemory]  # empty when the build could not be asked
+    build: str  # key of the llama.cpp build that was asked
+
+
+class PromptExample(_Model):
+    """A prompt as the model's own chat template writes it."""
+
+    kind: Literal["plain", "system", "tools"]
+    text: str
+
+
+class PromptFacts(_Model):
+    """What the chat template does with a conversation; `problem` says why it could not be rendered."""
+
+    template_sha256: Sha256
+    examples: list[PromptExample]
+    problem: str | None
+
+
+class Picture(_Model):
+    """A picture of the card, drawn from the data with this hash: `assets/<name>.svg` and `.png`."""
+
+    data_sha256: Sha256
+    svg_sha256: Sha256
+    png_sha256: Sha256
+
+
 class StageRecord(_Model):
     """A stage that was done: the hash of what it depends on, what was run, how long it took."""
 
@@ -193,6 +296,18 @@ class StageRecord(_Model):
     argv: list[list[str]]
     seconds: float
     outputs: dict[str, Sha256]  # file -> hash; files of the work directory are named `.work/...`
+
+
+class CardChoices(_Model):
+    """What the maintainer chose for the card; kept, so that rendering it again asks for nothing."""
+
+    theme: Literal["modern", "classic"]
+    languages: list[Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]]  # README.md is English
+    quantized_by: str
+    repo: HubId | None  # None: not published
+
+
+DEFAULT_CARD = CardChoices(theme="modern", languages=["en"], quantized_by="gemma-gguf", repo=None)
 
 
 class Manifest(_Model):
@@ -207,8 +322,13 @@ class Manifest(_Model):
     calibration: CalibrationFacts | None
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
+    recipes: list[RecipeName]  # what the last run was asked for: a row without a file is not made yet
     files: list[FileEntry]
+    card: CardChoices
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
+    context: ContextFacts | None  # None: of schema 1, which did not record it, or not converted yet
+    prompts: PromptFacts | None  # the same, or a model without a chat template
+    pictures: dict[Annotated[str, Field(pattern=r"^[a-z]{1,40}$")], Picture]
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -258,8 +378,21 @@ def load(directory: Path) -> Manifest:
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1 with what schema 2 added."""
-    return {**raw, "schema_version": SCHEMA_VERSION, "evidence": {}}
+    """A document of schema 1 with what schema 2 added; what is wrong with it is left for the models to say."""
+    model, files, imatrix = raw.get("model"), raw.get("files"), raw.get("imatrix")
+    made = [entry.get("recipe") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+    return {
+        **raw,
+        "schema_version": SCHEMA_VERSION,
+        "model": {**model, "sampling": None, "support": None} if isinstance(model, dict) else model,
+        "imatrix": {**imatrix, "coverage": []} if isinstance(imatrix, dict) else imatrix,
+        "recipes": [name for name in made if isinstance(name, str)],
+        "card": DEFAULT_CARD.model_dump(),
+        "evidence": {},
+        "context": None,
+        "prompts": None,
+        "pictures": {},
+    }
 
 
 def _no_constant(name: str) -> float:

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import gemma_gguf
 from gemma_gguf import (
     calibration,
+    card,
     convert,
     fanout,
     gguf_io,
@@ -39,13 +42,37 @@ from gemma_gguf.files import (
 )
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import BuildFacts, FileEntry, Manifest
+from gemma_gguf.manifest import BuildFacts, CardChoices, FileEntry, Manifest
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
 
 WORK = ".work"
 STAGES = ("convert", "imatrix", "quantize", "evaluate", "card")
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a maintainer chose for the card now; `None` keeps what the set records, at first the defaults."""
+
+    theme: str | None = None
+    languages: tuple[str, ...] | None = None
+    quantized_by: str | None = None
+    repo: str | None = None  # where the set is, or will be, on the Hub
+
+    def chosen(self, recorded: CardChoices) -> CardChoices:
+        """The choices of now over the recorded ones. Raises `BadInputError` for what cannot be chosen."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if "languages" in given:
+            given["languages"] = list(card.card_files(given["languages"]))
+        try:
+            return CardChoices.model_validate({**recorded.model_dump(), **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInputError(
+                f"{first['loc'][0]} {first['input']!r} cannot be used for the card: {first['msg']}",
+                next_step="Themes are modern and classic; a repository is NAMESPACE/NAME.",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,7 @@ class Options:
     rehash: bool = False
     wait: bool = False
     templates: Path | None = None
+    card: CardOptions = CardOptions()
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,12 @@ class Run:
     def record(self, new: Manifest) -> None:
         self.manifest = new
         manifest.save(new, self.set_dir)
+
+
+def asked_recipes(options: Options) -> tuple[Recipe, ...]:
+    """The recipes that were asked for, before there is a build to say what it offers."""
+    known = [*quantize.KNOWN_FTYPES, *(recipe.ftype for recipe in recipes.TABLE.values())]
+    return recipes.select(options.recipes, dict.fromkeys(known, ""))
 
 
 def check_given(options: Options) -> None:
@@ -227,7 +261,7 @@ def open_run(
             progress=progress,
             say=say,
             take_away=take_away,
-            manifest=_manifest(set_dir, name, build, found),
+            manifest=_manifest(set_dir, name, build, found, options),
         )
         set_dir.mkdir(parents=True, exist_ok=True)
         took = time.monotonic() - started
@@ -242,26 +276,35 @@ def open_run(
             memory.save()
 
 
-def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source) -> Manifest:
+def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source, options: Options) -> Manifest:
     """The set's manifest with this run's facts, files and stages of earlier runs kept."""
-    facts = {
+    facts: dict[str, Any] = {
         "tool_version": gemma_gguf.__version__,
         "stem": name.stem,
         "model": found.facts,
         "llama_cpp": _build_facts(build),
     }
+    asked = [recipe.name for recipe in asked_recipes(options)]
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
         # A manifest never names a file that is not there.
+        facts["card"] = options.card.chosen(old.card)
+        if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
+            facts["recipes"] = asked
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         calibration=None,
         imatrix=None,
         stages={},
+        recipes=asked,
         files=[],
+        card=options.card.chosen(manifest.DEFAULT_CARD),
         evidence={},
-        **facts,  # type: ignore[arg-type]
+        context=None,
+        prompts=None,
+        pictures={},
+        **facts,
     )
 
 

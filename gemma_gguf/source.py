@@ -22,7 +22,7 @@ import yaml
 from gemma_gguf import demo, gemma
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import HashMemory, is_dir
-from gemma_gguf.manifest import ModelFacts
+from gemma_gguf.manifest import ModelFacts, Sampling
 from gemma_gguf.progress import Progress, silent
 
 # What conversion can need, as patterns of huggingface_hub; everything else stays where it is.
@@ -160,6 +160,8 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         qat=_is_qat(name, card),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         chat_template=_chat_template(path),
+        sampling=_sampling(path),
+        support=family.support,
         front_matter=card,
         base_is_dequantised=name.origin == "demo",
     )
@@ -608,3 +610,25 @@ def _bounded_template(template: str, where: Path) -> str:
             next_step="Download it again; no Gemma has one that long.",
         )
     return template
+
+
+def _sampling(path: Path) -> Sampling:
+    """What generation_config.json recommends; a value that cannot be one is not passed on."""
+    file = path / "generation_config.json"
+    stated = _json(file) if file.is_file() else {}
+
+    def number(key: str) -> float | None:
+        value = stated.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
+            return None
+        return float(value)
+
+    top_k, do_sample = stated.get("top_k"), stated.get("do_sample")
+    return Sampling(
+        do_sample=do_sample if isinstance(do_sample, bool) else None,
+        temperature=number("temperature"),
+        top_k=top_k if type(top_k) is int and 0 <= top_k < 2**31 else None,
+        top_p=number("top_p"),
+        min_p=number("min_p"),
+        repetition_penalty=number("repetition_penalty"),
+    )

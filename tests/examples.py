@@ -1,10 +1,16 @@
 """One whole manifest with values as a real run records them, for tests that need a set but no files."""
 
+from gemma_gguf import pictures
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import (
+    DEFAULT_CARD,
     BuildFacts,
+    CacheGroup,
     CalibrationFacts,
     Checks,
+    ContextFacts,
+    ContextMemory,
+    Coverage,
     Evidence,
     FileEntry,
     ImatrixFacts,
@@ -12,9 +18,14 @@ from gemma_gguf.manifest import (
     Manifest,
     Measured,
     ModelFacts,
+    Picture,
+    PromptExample,
+    PromptFacts,
     Quality,
+    Sampling,
     Speed,
     StageRecord,
+    Support,
 )
 
 STEM = "google_gemma-3-4b-it"
@@ -173,7 +184,7 @@ def example() -> Manifest:
             types={"F32": 205, "IQ2_XS": 200, "Q2_K": 38, "Q5_K": 1},
         ),
     ]
-    return Manifest(
+    made = Manifest(
         schema_version=2,
         tool_version="0.1.0",
         stem=STEM,
@@ -202,6 +213,10 @@ def example() -> Manifest:
             qat=False,
             license="gemma",
             chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            sampling=Sampling(
+                do_sample=True, temperature=None, top_k=64, top_p=0.95, min_p=None, repetition_penalty=None
+            ),
+            support=Support(pull_request=12343, merged="2025-03-12", release="b4875"),
             front_matter=dict(FRONT_MATTER),
             base_is_dequantised=False,
         ),
@@ -227,7 +242,13 @@ def example() -> Manifest:
         calibration=CalibrationFacts(
             name="default", source="texts of this repository", n_bytes=262144, sha256=sha("calibration")
         ),
-        imatrix=ImatrixFacts(n_chunks=146, chunk_size=512, n_entries=238, datasets=["calibration-default.txt"]),
+        imatrix=ImatrixFacts(
+            n_chunks=146,
+            chunk_size=512,
+            n_entries=238,
+            datasets=["calibration-default.txt"],
+            coverage=coverage(),
+        ),
         stages={
             "convert": StageRecord(
                 key=sha("key of convert"),
@@ -239,9 +260,83 @@ def example() -> Manifest:
                 key=imatrix.key, argv=[imatrix.argv], seconds=imatrix.seconds, outputs={IMATRIX: imatrix.sha256}
             ),
         },
+        recipes=["bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0", "IQ2_XS"],
         files=[mmproj, imatrix, *models],
+        card=DEFAULT_CARD.model_copy(update={"repo": "someone/google_gemma-3-4b-it-GGUF"}),
         evidence={model.sha256: evidence(model.bpw or 0.0, models[0].sha256) for model in models},
+        context=context(),
+        prompts=PromptFacts(
+            template_sha256=sha("template"),
+            examples=[
+                PromptExample(
+                    kind="plain",
+                    text="<bos><start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+                ),
+                PromptExample(
+                    kind="system",
+                    text="<bos><start_of_turn>user\n{system_prompt}\n\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+                ),
+            ],
+            problem=None,
+        ),
+        pictures={},
     )
+    return made.model_copy(update={"pictures": drawn(made)})
+
+
+def drawn(made: Manifest) -> dict[str, Picture]:
+    """What is recorded of a manifest's pictures when they were drawn."""
+    return {
+        name: Picture(
+            data_sha256=pictures.data_hash(data), svg_sha256=sha(f"{name}.svg"), png_sha256=sha(f"{name}.png")
+        )
+        for name, data in pictures.all_data(made).items()
+    }
+
+
+def context() -> ContextFacts:
+    """Gemma 3 4B: every sixth of 34 layers sees the whole context; what llama.cpp said of its base."""
+    measured = ((4096, 544.0, 39.5), (8192, 682.0, 43.5), (32768, 1162.0, 67.5), (131072, 3082.0, 163.5))
+    mib = 1 << 20
+    return ContextFacts(
+        n_ctx_train=131072,
+        n_embd=2560,
+        n_ff=10240,
+        q_width=2048,
+        n_embd_per_layer=0,
+        n_vocab=262208,
+        window=1024,
+        cache=[
+            CacheGroup(n_layers=5, windowed=False, k_width=1024, v_width=1024),
+            CacheGroup(n_layers=29, windowed=True, k_width=1024, v_width=1024),
+        ],
+        measured=[
+            ContextMemory(
+                n_ctx=n_ctx, cache_bytes=int(cache * mib), compute_bytes=int(compute * mib), output_bytes=4 * mib
+            )
+            for n_ctx, cache, compute in measured
+        ],
+        build=BUILD,
+    )
+
+
+def coverage() -> list[Coverage]:
+    """Two kinds of weight of 34 layers that saw all of the text."""
+    n = 34
+    return [
+        Coverage(
+            kind=kind,
+            layers=list(range(n)),
+            n_experts=1,
+            tokens_min=[74752] * n,
+            tokens_median=[74752] * n,
+            tokens_max=[74752] * n,
+            unseen=[0] * n,
+            active=[1.0] * n,
+            evenness=[round(least + 0.4 * layer / n, 4) for layer in range(n)],
+        )
+        for kind, least in (("attn_q", 0.5), ("ffn_down", 0.45))
+    ]
 
 
 def evidence(bpw: float, base_sha256: str) -> Evidence:

@@ -121,6 +121,7 @@ class Hub:
         # First match wins; API before files, as files can be called anything.
         self.routes: list[tuple[str, str, Handler]] = [
             ("GET", rf"/api/(?P<kind>model|dataset)s/{name}(/revision/(?P<revision>[^/]+))?", self._info),
+            ("GET", rf"/api/(?P<kind>model|dataset)s/{name}/refs", self._refs),
             ("GET", rf"/api/(?P<kind>model|dataset)s/{name}/tree/(?P<revision>[^/]+)", self._tree),
             ("GET", rf"/large/(?P<kind>model|dataset)s/{name}/(?P<revision>[^/]+)/(?P<file>.+)", self._large),
             ("GET", rf"/((?P<kind>dataset)s/)?{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._file),
@@ -180,6 +181,13 @@ class Hub:
             siblings = [{**row, "size": (directory / row["rfilename"]).stat().st_size} for row in siblings]
         facts = {"id": repo.name, "sha": commit, "private": False, "gated": "manual" if repo.gated else False}
         return _json({**facts, "tags": [], "siblings": siblings})
+
+    def _refs(self, request: Request, repo: Repo, commit: str) -> Reply:
+        """Branches and their commits; llama.cpp asks for them before it looks for a file."""
+        branches = [
+            {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": target} for ref, target in repo.refs.items()
+        ]
+        return _json({"branches": branches, "converts": [], "tags": []})
 
     def _tree(self, request: Request, repo: Repo, commit: str) -> Reply:
         rows = []

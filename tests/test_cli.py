@@ -17,10 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import gemma_gguf
-from gemma_gguf import cli, llama_cpp, recipes, source, survey
+from gemma_gguf import cli, llama_cpp, manifest, recipes, source, survey
 from gemma_gguf.doctor import Account
 from gemma_gguf.files import locked
 from gemma_gguf.llama_cpp import Build
+from tests.examples import example
 from tests.hub import Hub, serving
 
 REPO = Path(__file__).parents[1]
@@ -410,3 +411,79 @@ def test_ctrl_c_says_how_to_go_on(build: Build, text_checkpoint: Path, tmp_path:
         assert stderr == "\nstopped; finished files stay. Run the same command again to go on.\n"
         assert (work / ".lock.json").read_text() == before  # still the holder's
     assert not (tmp_path / "out" / "me_tiny-GGUF").exists()
+
+
+# --- cards -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_set(tmp_path: Path) -> Path:
+    """A set that has its manifest and no card yet."""
+    manifest.save(example(), tmp_path / "set")
+    return tmp_path / "set"
+
+
+def pages(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.glob("README*"))}
+
+
+def test_card_is_written_once(a_set: Path) -> None:
+    assert json.loads(call("card", a_set, "--json").stdout) == {"cards": {str(a_set): True}}
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in a_set.iterdir() if path.is_file()}
+    assert json.loads(call("card", a_set, "--json").stdout) == {"cards": {str(a_set): False}}
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in a_set.iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_what_was_chosen_for_a_card_is_kept(a_set: Path) -> None:
+    chosen = ("--theme", "classic", "--lang", "en,ja,zh-Hant", "--quantized-by", "me", "--repo", "me/my-set")
+    assert call("card", a_set, *chosen).exit_code == 0
+    made = pages(a_set)
+    assert list(made) == ["README.ja.md", "README.md", "README.zh-Hant.md"]
+    assert made["README.md"].partition("\n---\n")[2].startswith("# llama.cpp imatrix quantizations")
+    assert "quantized_by: me\n" in made["README.md"]
+    assert "llama-server -hf me/my-set:Q4_K_M" in made["README.ja.md"]
+    assert manifest.load(a_set).card.model_dump() == {
+        "theme": "classic",
+        "languages": ["en", "ja", "zh-Hant"],
+        "quantized_by": "me",
+        "repo": "me/my-set",
+    }
+    assert json.loads(call("card", a_set, "--json").stdout) == {"cards": {str(a_set): False}}
+    assert pages(a_set) == made
+
+
+def test_a_language_that_is_no_longer_chosen_leaves_no_card_behind(a_set: Path) -> None:
+    call("card", a_set, "--lang", "en,ja")
+    (a_set / "README.fr.md").write_text("a card of somebody's own")
+    assert json.loads(call("card", a_set, "--lang", "en", "--json").stdout) == {"cards": {str(a_set): True}}
+    assert list(pages(a_set)) == ["README.fr.md", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "says"),
+    [
+        (["--theme", "baroque"], 2, "'baroque' is not one of 'modern', 'classic'"),
+        (["--lang", "en,tlh"], 1, "there is no card in 'tlh'"),
+        (["--repo", "nobody"], 1, "repo 'nobody' cannot be used for the card"),
+        (["--templates", "/nowhere"], 2, "'/nowhere' does not exist"),
+    ],
+)
+def test_what_cannot_be_chosen_for_a_card(a_set: Path, argv: list[str], exit_code: int, says: str) -> None:
+    before = (a_set / manifest.FILE_NAME).read_bytes()
+    result = call("card", a_set, *argv)
+    assert (result.exit_code, says in result.stderr) == (exit_code, True)
+    assert (a_set / manifest.FILE_NAME).read_bytes() == before
+    assert pages(a_set) == {}
+
+
+def test_templates_of_ones_own(a_set: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "credits.md.j2").write_text("\nThanks.\n")
+    assert call("card", a_set, "--templates", own).exit_code == 0
+    assert pages(a_set)["README.md"].endswith("\nThanks.\n")
+    (own / "credits.md.j2").write_text("{{ model.colour }}")
+    result = call("card", a_set, "--templates", own)
+    assert result.exit_code == 1
+    assert "credits.md.j2, line 1" in " ".join(result.stderr.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_gguf import factory, gguf_io, imatrix, manifest, planning, proof, recipes
+from gemma_gguf import card, factory, gguf_io, imatrix, manifest, planning, proof, recipes
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.session import Options, Report
@@ -215,9 +215,9 @@ def test_card_follows_the_manifest(copied: Path) -> None:
     raw = json.loads(path.read_text())
     raw["imatrix"]["n_chunks"] = 4321
     path.write_text(json.dumps(raw))
-    assert factory.write_card(copied)
+    assert factory.write_card(copied, card.Renderer())
     assert "4321 chunks" in (copied / "README.md").read_text()
-    assert not factory.write_card(copied)
+    assert not factory.write_card(copied, card.Renderer())
 
 
 # --- planning ----------------------------------------------------------------------------------------------------

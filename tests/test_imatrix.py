@@ -424,6 +424,82 @@ def test_imatrix_argv(options: dict[str, Any], more: list[str]) -> None:
     ]
 
 
+# --- coverage ------------------------------------------------------------------------------------------------------
+
+
+def _entry(*experts: tuple[float, list[float]]) -> imatrix.Entry:
+    """(tokens, sum of squared activations per column) of each expert."""
+    return imatrix.Entry(
+        np.array([sums for _, sums in experts], dtype=np.float32),
+        np.array([count for count, _ in experts], dtype=np.float32),
+    )
+
+
+def _imatrix(entries: dict[str, imatrix.Entry]) -> Imatrix:
+    return Imatrix(Path("made-up"), 1, 512, ("text",), entries)
+
+
+@pytest.mark.parametrize(
+    ("sums", "active", "evenness"),
+    [
+        pytest.param([4.0, 4.0, 4.0, 4.0], 1.0, 1.0, id="all alike"),
+        pytest.param([8.0, 0.0, 0.0, 0.0], 0.25, 0.0, id="one alone"),
+        pytest.param([2.0, 2.0, 0.0, 0.0], 0.5, 0.5, id="two of four"),
+        pytest.param([0.0, 0.0, 0.0, 0.0], 0.0, 0.0, id="nothing"),
+        pytest.param([4.0, 4.0, 4.0, 1e-6], 0.75, 0.7925, id="one below what counts as active"),
+    ],
+)
+def test_coverage_of_columns(sums: list[float], active: float, evenness: float) -> None:
+    (row,) = imatrix.coverage(_imatrix({"blk.0.attn_q.weight": _entry((2, sums))}))
+    assert row.active == [active]
+    assert row.evenness == [pytest.approx(evenness, abs=1e-4)]
+
+
+def test_coverage_by_kind_and_layer() -> None:
+    entries = {
+        "blk.10.ffn_down.weight": _entry((512, [1.0, 1.0])),
+        "blk.2.ffn_down.weight": _entry((512, [1.0, 0.0])),
+        "blk.2.attn_k.weight": _entry((512, [1.0, 1.0])),
+        "output.weight": _entry((512, [1.0, 1.0])),
+    }
+    rows = imatrix.coverage(_imatrix(entries))
+    assert [(row.kind, row.layers, row.evenness) for row in rows] == [
+        ("attn_k", [2], [1.0]),
+        ("ffn_down", [2, 10], [0.0, 1.0]),
+    ]
+
+
+def test_coverage_of_experts() -> None:
+    """Tokens of the least, the middle and the most used expert; those without data do not count for the columns."""
+    experts = _entry((0, [0.0, 0.0]), (5, [5.0, 5.0]), (100, [100.0, 100.0]), (7, [7.0, 7.0]), (0, [0.0, 0.0]))
+    (row,) = imatrix.coverage(_imatrix({"blk.0.ffn_down_exps.weight": experts}))
+    assert (row.n_experts, row.tokens_min, row.tokens_median, row.tokens_max) == (5, [0], [5], [100])
+    assert (row.unseen, row.active, row.evenness) == ([2], [1.0], [1.0])
+
+
+def test_coverage_is_what_llama_imatrix_shows(build: Build, log: RunLog, finished: Report) -> None:
+    """ "% Active" and "E (norm)" of `--show-statistics`, which wants a model's name without reading it.
+
+    The tool may end before its log is written, so it is asked until it has told of every tensor.
+    """
+    (path,) = finished.set_dir.glob("*-imatrix.gguf")
+    ours = {
+        (row.kind, layer): [f"{100 * row.active[n]:.2f}", f"{100 * row.evenness[n]:.2f}"]
+        for row in imatrix.coverage(imatrix.read(path))
+        for n, layer in enumerate(row.layers)
+    }
+    shown: dict[tuple[str, int], list[str]] = {}
+    for _ in range(300):
+        argv: list[str | Path] = [build.tool("llama-imatrix"), "-m", "none", "--in-file", path, "--show-statistics"]
+        for line in run_tool(argv, log=log).output.splitlines():
+            if match := re.search(r"(\d+)\s+((?:attn|ffn)_\w+)\s+\d.*%.*%", line):
+                shown[match[2], int(match[1])] = re.findall(r"([\d.]+)%", line)[:2]
+        if len(shown) >= len(ours):
+            break
+    assert len(ours) == 21
+    assert ours == shown
+
+
 def test_file_name() -> None:
     assert imatrix.file_name("google_gemma-3-4b-it") == "google_gemma-3-4b-it-imatrix.gguf"
 

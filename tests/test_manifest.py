@@ -13,8 +13,13 @@ from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import (
     FILE_NAME,
     BuildFacts,
+    CacheGroup,
     CalibrationFacts,
+    CardChoices,
     Checks,
+    ContextFacts,
+    ContextMemory,
+    Coverage,
     Evidence,
     FileEntry,
     ImatrixFacts,
@@ -22,9 +27,14 @@ from gemma_gguf.manifest import (
     Manifest,
     Measured,
     ModelFacts,
+    Picture,
+    PromptExample,
+    PromptFacts,
     Quality,
+    Sampling,
     Speed,
     StageRecord,
+    Support,
 )
 from tests.examples import STEM, example, sha
 
@@ -44,6 +54,16 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Quality, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality")),
     (Measured, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality", "kld")),
     (Speed, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "speed")),
+    (Coverage, ("imatrix", "coverage", 0)),
+    (ContextFacts, ("context",)),
+    (CacheGroup, ("context", "cache", 1)),
+    (ContextMemory, ("context", "measured", 0)),
+    (PromptFacts, ("prompts",)),
+    (PromptExample, ("prompts", "examples", 0)),
+    (Picture, ("pictures", "quality")),
+    (Sampling, ("model", "sampling")),
+    (Support, ("model", "support")),
+    (CardChoices, ("card",)),
 )
 
 
@@ -110,7 +130,7 @@ def test_front_matter_of_any_shape_survives(tmp_path: Path) -> None:
 def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
     """`null` says that something is known to be absent."""
     raw = _raw()
-    raw["calibration"] = raw["imatrix"] = None
+    raw["calibration"] = raw["imatrix"] = raw["context"] = raw["prompts"] = None
     for field in ("repo", "revision", "license", "chat_template"):
         raw["model"][field] = None
     for field in ("recipe", "about", "bpw", "parent", "checks"):
@@ -260,9 +280,58 @@ def test_a_newer_schema_is_refused_before_its_fields_are_looked_at(tmp_path: Pat
 def test_a_manifest_of_schema_1_is_read_as_one_without_evidence(tmp_path: Path) -> None:
     raw = _raw()
     raw["schema_version"] = 1
-    del raw["evidence"]
+    del raw["evidence"], raw["context"], raw["prompts"], raw["pictures"], raw["imatrix"]["coverage"]
     (tmp_path / FILE_NAME).write_text(json.dumps(raw))
-    assert manifest.load(tmp_path) == example().model_copy(update={"evidence": {}})
+    loaded = manifest.load(tmp_path)
+    assert loaded.imatrix is not None
+    assert (loaded.evidence, loaded.pictures, loaded.imatrix.coverage) == ({}, {}, [])
+    assert (loaded.context, loaded.prompts) == (None, None)
+    assert (loaded.files, loaded.stages) == (example().files, example().stages)
+
+
+def test_a_manifest_of_schema_1_knows_no_sampling_and_chose_no_card(tmp_path: Path) -> None:
+    """What it made is what it was asked for; what it did not record is not known, rather than absent."""
+    raw = _raw()
+    raw["schema_version"] = 1
+    for field in ("evidence", "context", "prompts", "pictures", "recipes", "card"):
+        del raw[field]
+    del raw["imatrix"]["coverage"], raw["model"]["sampling"], raw["model"]["support"]
+    loaded = _load(tmp_path, raw)
+    assert (loaded.model.sampling, loaded.model.support) == (None, None)
+    assert loaded.card == manifest.DEFAULT_CARD
+    assert loaded.recipes == ["bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0", "IQ2_XS"]
+
+
+@pytest.mark.parametrize("broken", [{"model": 5}, {"files": "x"}, {"files": [5]}, {"files": [{"recipe": 5}]}], ids=str)
+def test_a_damaged_manifest_of_schema_1_is_refused_like_any_other(tmp_path: Path, broken: dict[str, Any]) -> None:
+    raw = {**_raw(), "schema_version": 1, **broken}
+    assert "is damaged at " in _refused(tmp_path, raw).what
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("theme", "baroque"),
+        ("languages", ["../ja"]),
+        ("repo", "someone"),
+        ("repo", "a/b; rm -rf ~"),
+        ("repo", "a/../b"),
+        ("repo", "`a`/b"),
+    ],
+)
+def test_choices_for_the_card_are_checked(tmp_path: Path, field: str, value: object) -> None:
+    """They stand in commands that a reader copies."""
+    raw = _raw()
+    raw["card"][field] = value
+    assert f"is damaged at card.{field}" in _refused(tmp_path, raw).what
+
+
+@pytest.mark.parametrize("field", ["tokens_min", "tokens_median", "tokens_max", "unseen", "active", "evenness"])
+def test_coverage_has_one_number_per_layer(tmp_path: Path, field: str) -> None:
+    raw = _raw()
+    raw["imatrix"]["coverage"][0][field].pop()
+    error = _refused(tmp_path, raw)
+    assert error.what.endswith("at imatrix.coverage.0: every list should have one number per layer")
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", "2", None, [1], 1.0, 2.5, True], ids=repr)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from gemma_gguf import chat, source
+from gemma_gguf import chat, gemma, source
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.source import ModelName, Source
@@ -318,6 +318,56 @@ def test_chat_template(files: dict[str, Any], template: str | None, small: Path)
     found = fetch(small)
     assert found.facts.chat_template == template
     assert set(files) <= set(found.files)
+
+
+NOTHING = dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "found"),
+    [
+        pytest.param(None, {}, id="no file"),
+        pytest.param({}, {}, id="nothing in it"),
+        pytest.param(
+            {"do_sample": True, "temperature": 1, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.1},
+            {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.1},
+            id="everything",
+        ),
+        pytest.param({"do_sample": False, "eos_token_id": [1, 106]}, {"do_sample": False}, id="greedy"),
+        pytest.param({"temperature": "hot", "top_k": 6.4, "top_p": None, "do_sample": 1}, {}, id="no numbers"),
+        pytest.param({"temperature": True, "top_k": True, "top_p": [0.9]}, {}, id="truth values"),
+        pytest.param({"temperature": -1, "top_k": -1, "top_p": -0.5}, {}, id="below zero"),
+        pytest.param({"temperature": 1e308, "top_k": 2**40}, {}, id="beyond any sense"),
+    ],
+)
+def test_recommended_sampling(stated: dict[str, Any] | None, found: dict[str, Any], small: Path) -> None:
+    if stated is not None:
+        (small / "generation_config.json").write_text(json.dumps(stated))
+    sampling = fetch(small).facts.sampling
+    assert sampling is not None
+    assert sampling.model_dump() == {**NOTHING, **found}
+
+
+def test_numbers_that_json_does_not_have_are_no_sampling(small: Path) -> None:
+    (small / "generation_config.json").write_text('{"temperature": NaN, "top_p": Infinity, "top_k": 64}')
+    sampling = fetch(small).facts.sampling
+    assert sampling is not None
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (None, None, 64)
+
+
+def test_a_broken_generation_config_is_refused(small: Path) -> None:
+    (small / "generation_config.json").write_text('{"top_k": ')
+    with pytest.raises(BadInputError, match="generation_config"):
+        fetch(small)
+
+
+@pytest.mark.parametrize("family", gemma.FAMILIES, ids=lambda family: family.name)
+def test_every_family_says_since_when_llama_cpp_loads_it(family: gemma.Family) -> None:
+    assert family.support.pull_request > 5000
+    assert "2024-02-21" <= family.support.merged <= "2026-11-22"
+    assert sorted(gemma.FAMILIES, key=lambda f: f.support.merged) == sorted(
+        gemma.FAMILIES, key=lambda f: f.support.pull_request
+    )
 
 
 @pytest.mark.parametrize(
