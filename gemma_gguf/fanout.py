@@ -31,6 +31,7 @@ from gemma_gguf import gguf_io, tasks
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError, ToolFailedError
 from gemma_gguf.files import append_line, fsync, preallocate, sha256_bytes, write_at, write_atomic
 from gemma_gguf.gguf_io import Header, NewHeader, n_bytes_of
+from gemma_gguf.libggml import Kernels
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.tasks import TaskDone
@@ -118,12 +119,14 @@ def build_job(
     bin_dir: Path,
     inputs: str,
     phase_of: Mapping[str, int],
+    kernels: Kernels | None = None,
     task_elements: int | None = None,
     shared: bool = False,
 ) -> dict[str, Any]:
     """The job file's content: where everything is read and written, and the tasks. `inputs` is a hash of what the
-    bytes depend on; a journal is used again only for a job with the same one. `phase_of` is `plan.phases`. With
-    `shared`, workers on several machines write into the same files: see `SHARED_BLOCK`."""
+    bytes depend on; a journal is used again only for a job with the same one. `phase_of` is `plan.phases`; `kernels`
+    quantise in ggml's place. With `shared`, workers on several machines write into the same files: see
+    `SHARED_BLOCK`."""
     if task_elements is None:
         task_elements = SHARED_TASK_ELEMENTS if shared else TASK_ELEMENTS
     order = [tensor.name for tensor in outputs[0].plan.tensors]
@@ -163,6 +166,7 @@ def build_job(
         "base": str(base.path),
         "imatrix": str(imatrix) if imatrix else None,
         "bin_dir": str(bin_dir),
+        "kernels": kernels.document() if kernels else None,
         "block": SHARED_BLOCK if shared else 0,
         "recipes": [output.recipe for output in outputs],
         "outputs": [str(output.partial) for output in outputs],
@@ -361,7 +365,8 @@ def _reserve(output: Output) -> None:
 
 def _continues(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether `old` reads and writes in the places of `new`, and includes all of its outputs."""
-    same = all(old.get(field) == new[field] for field in ("inputs", "base", "imatrix", "bin_dir", "block"))
+    fields = ("inputs", "base", "imatrix", "bin_dir", "kernels", "block")
+    same = all(old.get(field) == new[field] for field in fields)
     return same and set(zip(new["recipes"], new["outputs"], strict=True)) <= set(
         zip(old["recipes"], old["outputs"], strict=True)
     )

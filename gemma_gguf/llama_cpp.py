@@ -88,6 +88,8 @@ GGML_BASE_OPTIONS = "ggml-base: -ffp-contract=off -march=native (where the compi
 COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS")
 # What of llama.cpp's source a finished build keeps: the converter and what it imports.
 KEPT_SOURCES = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+KERNEL_SOURCE = Path(__file__).with_name("kernels")
+KERNEL_LIBRARIES = ("libgemma-kernels.so", "libgemma-kernels.dylib")
 TAIL_LINES = 15
 # What a confined process gets of the environment: what Python itself may need to start, and the time zone.
 CONFINED_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
@@ -636,6 +638,64 @@ def _make(
     shutil.rmtree(root, ignore_errors=True)
     finished.replace(root)
     shutil.rmtree(partial)
+
+
+# --- the kernels -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelBuild:
+    """The compiled kernels: `key` hashes everything that can change their code."""
+
+    library: Path
+    key: str
+    source_sha256: str
+    compiler: str
+    seconds: float
+
+
+def build_kernels(source: Path = KERNEL_SOURCE, *, progress: Progress = silent) -> KernelBuild:
+    """The quantisation kernels, from the cache or compiled now (seconds).
+
+    They are no part of a llama.cpp build: a new version of them leaves builds as they are. Raises `MissingToolError`
+    or `ToolFailedError` where they cannot be compiled; ggml then does the work.
+    """
+    compiler = compiler_version("cpu")
+    digest = sha256_tree(source)
+    variables = {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}
+    key = sha256_json([digest, compiler, platform.system(), platform.machine(), variables])[:20]
+    cache = cache_dir()
+    root = cache / "kernels" / key
+    if not (root / "kernels.json").is_file():
+        log = RunLog(cache / "logs" / f"kernels-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+        with contextlib.closing(log), locked(root.with_name(f"{key}.lock"), "the build of the kernels", wait=True):
+            if not (root / "kernels.json").is_file():
+                log.running = root.with_name(f"{key}.running")
+                end_leftovers(log)
+                progress("compiling the kernels", 0, 1, "steps")
+                _make_kernels(source, root, {"source_sha256": digest, "compiler": compiler}, log)
+    facts = json.loads((root / "kernels.json").read_text())
+    return KernelBuild(library=root / facts.pop("library"), key=key, **facts)
+
+
+def _make_kernels(source: Path, root: Path, facts: Mapping[str, str], log: RunLog) -> None:
+    cmake = find_tool("cmake", "pip install 'gemma-gguf[build]'")
+    ninja = find_tool("ninja", "pip install 'gemma-gguf[build]'")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        objects = Path(scratch, "objects")
+        run_tool([cmake, "-S", source, "-B", objects, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"], log=log)
+        run_tool([cmake, "--build", objects], log=log)
+        finished = Path(scratch, "finished")
+        finished.mkdir()
+        library = next((name for name in KERNEL_LIBRARIES if (objects / name).is_file()), None)
+        if library is None:
+            raise ToolFailedError("the kernels were compiled, but there is no library", log=log.path)
+        shutil.copy2(objects / library, finished / library)
+        written = {**facts, "library": library, "seconds": round(time.monotonic() - started, 1)}
+        write_atomic(finished / "kernels.json", json.dumps(written, indent=1) + "\n")
+        shutil.rmtree(root, ignore_errors=True)
+        finished.replace(root)
 
 
 def _unpack(source: _Source, partial: Path) -> tuple[Path, Path | None]:

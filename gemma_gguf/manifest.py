@@ -74,6 +74,17 @@ class BuildFacts(_Model):
     key: str
 
 
+class KernelFacts(_Model):
+    """What quantised in ggml's place when the last fan-out ran; the bytes are the same with and without."""
+
+    version: Count | None  # None when there was no library
+    source_sha256: Sha256 | None
+    isa: Literal["avx512", "avx2", "none"]
+    types: list[str]  # approved: compared with this build's own ggml on this CPU
+    off: dict[str, str]  # type -> why ggml did its work
+    why_none: str | None
+
+
 class CalibrationFacts(_Model):
     """The text behind the imatrix."""
 
@@ -192,6 +203,7 @@ class Manifest(_Model):
     stem: str
     model: ModelFacts
     llama_cpp: BuildFacts
+    kernels: KernelFacts | None = None  # of the fan-out engine; older manifests do not say
     calibration: CalibrationFacts | None
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]

@@ -26,12 +26,12 @@ from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import files, gguf_io
 from gemma_gguf.files import open_log, pwrite_all
-from gemma_gguf.libggml import Ggml
+from gemma_gguf.libggml import Ggml, Kernels
 
 
 @dataclass(frozen=True)
 class TaskDone:
-    """Figures of one finished task: seconds of CPU in all and inside ggml's quantise functions, bytes moved.
+    """Figures of one finished task: seconds of CPU in all and inside the quantise functions, bytes moved.
 
     `edges` are what it left to the driver: (output, offset, bytes) of blocks that it shares with other tasks.
     """
@@ -49,7 +49,7 @@ class _Context:
 
     def __init__(self, job_path: Path) -> None:
         self.job: dict[str, Any] = json.loads(job_path.read_text())
-        self.ggml = Ggml(Path(self.job["bin_dir"]))
+        self.ggml = Ggml(Path(self.job["bin_dir"]), Kernels.parse(self.job["kernels"]))
         self.base = os.open(self.job["base"], os.O_RDONLY)
         self.outputs: dict[int, int] = {}
         self.imatrix = gguf_io.read_header(Path(self.job["imatrix"])) if self.job["imatrix"] else None
@@ -194,18 +194,19 @@ def _read_all(descriptor: int, into: npt.NDArray[np.uint8], offset: int) -> None
         view, offset = view[n:], offset + n
 
 
-def measure_speeds(bin_dir: str, type_names: list[str], seconds: float = 0.15) -> dict[str, float]:
-    """Elements per second and core of ggml's quantiser of each type, with an imatrix, on normal weights."""
-    ggml = Ggml(Path(bin_dir))
+def measure_speeds(
+    bin_dir: str, type_names: list[str], seconds: float = 0.15, kernels: Kernels | None = None
+) -> dict[str, float]:
+    """Elements per second and core of the quantiser of each type, with an imatrix, on normal weights."""
+    ggml = Ggml(Path(bin_dir), kernels)
     rng = np.random.default_rng(0)
     columns = 1024
     weights = rng.random(columns, dtype=np.float32)
     speeds: dict[str, float] = {}
     for name in type_names:
         kind = GGMLQuantizationType[name]
-        ggml.init(kind)
-        rows = rng.normal(0, 0.02, (8, columns)).astype(np.float32)
-        ggml.quantize(rows, kind, weights)
+        rows = rng.normal(0, 0.02, (32, columns)).astype(np.float32)
+        ggml.quantize(rows[:1], kind, weights)  # builds the tables of the type
         begun, done = time.thread_time(), 0
         while (spent := time.thread_time() - begun) < seconds:
             ggml.quantize(rows, kind, weights)

@@ -1,0 +1,226 @@
+"""Differential fuzzing of the kernels against ggml: seeded matrices and imatrix rows, byte for byte, both ISAs.
+
+`python -m tests.kernel_fuzz --types Q4_K --elements 5e6` for one type while working on it; `make proof PART=kernels`
+runs the campaign. One case is a number: its matrix depends on the seed and nothing else, so a difference is found
+again with `--first N --cases 1`.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from gemma_gguf import kernel_check, llama_cpp
+from gemma_gguf.kernel_check import Floats
+from gemma_gguf.libggml import KERNEL_TYPES, Ggml, KernelLibrary
+
+ISAS = ("avx2", "avx512")
+CANARY = 0xA5
+GUARD = 64  # bytes after the output that must stay as they are
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass
+class Tally:
+    """What a campaign did: per (type, ISA) matrices compared, elements in them, and bytes that were not ggml's."""
+
+    runs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    elements: Counter[tuple[str, str]] = field(default_factory=Counter)
+    differing: Counter[tuple[str, str]] = field(default_factory=Counter)
+    left: Counter[tuple[str, str]] = field(default_factory=Counter)  # matrices the kernel left to ggml
+    found: list[str] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        self.runs += other.runs
+        self.elements += other.elements
+        self.differing += other.differing
+        self.left += other.left
+        self.found += other.found
+
+    def lines(self) -> list[str]:
+        """One line per type and ISA."""
+        return [
+            f"{name:8} {isa:6} {self.runs[name, isa]:7} matrices {self.elements[name, isa] / 1e6:8.1f} M elements "
+            f"{self.left[name, isa]:5} left to ggml {self.differing[name, isa]:6} differing bytes"
+            for name, isa in sorted(self.runs | self.left)
+        ]
+
+
+def matrix(rng: np.random.Generator, n_rows: int, columns: int) -> Doubles:
+    """One of fifteen distributions, each aimed at a branch or a rounding of some quantiser."""
+    f: Doubles = rng.standard_t(rng.uniform(2, 8), (n_rows, columns))
+    per_block = int(rng.choice([8, 16, 32, 256]))
+
+    def blocks(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return values.repeat(per_block, axis=1)
+
+    shape = (n_rows, columns // per_block)
+    kind = int(rng.integers(15))
+    if kind == 1:  # ties
+        f = np.round(f * rng.uniform(0.5, 4))
+    elif kind == 2:
+        f = rng.integers(-8, 8, f.shape) * 0.0117
+    elif kind == 3:  # many zeros
+        f = np.where(rng.random(f.shape) < rng.uniform(0.1, 0.95), 0, f)
+    elif kind == 4:  # scales that differ from block to block
+        f = f * blocks(10.0 ** rng.uniform(-9, 2, shape))
+    elif kind == 5:  # far from zero
+        f = f + blocks(rng.uniform(-5, 5, shape))
+    elif kind == 6:  # FP4-like lattices
+        lattice = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
+        f = rng.choice(lattice, f.shape) * blocks(2.0 ** rng.integers(-8, 2, shape))
+    elif kind == 7:  # outliers
+        f = np.where(rng.random(f.shape) < 0.01, f * 1000, f * 1e-3)
+    elif kind == 8:  # two values
+        f = rng.choice([1.0, -1.0], f.shape) * blocks(rng.uniform(0.01, 1, shape))
+    elif kind == 9:  # almost constant
+        f = blocks(rng.uniform(-1, 1, shape)) * (1 + 1e-6 * f)
+    elif kind == 10:  # zero blocks among others
+        f = np.where(blocks(rng.random(shape) < rng.uniform(0.05, 0.8)), 0.0, f)
+    elif kind == 11:  # denormals, and products that vanish
+        f = f * 10.0 ** rng.uniform(-44, -18)
+    elif kind == 12:  # huge
+        f = f * 10.0 ** rng.uniform(3, 15)
+    elif kind == 13:  # one sign
+        f = np.abs(f) * blocks(rng.choice([1.0, -1.0], shape)) + rng.uniform(0, 0.1)
+    elif kind == 14:  # values of a coarse grid of powers of two, exact halves included
+        f = rng.integers(-256, 257, f.shape) * 2.0 ** rng.integers(-10, -2)
+    return f * rng.choice([1, 0.02])
+
+
+def imatrix_row(rng: np.random.Generator, columns: int, *, extreme: float) -> Floats | None:
+    """None in one of four cases, else weights like those of real text, with zeros, ones or extreme values in some."""
+    kind = int(rng.integers(12))
+    if kind < 3:
+        return None
+    w: Doubles = rng.gamma(rng.uniform(0.05, 2), size=columns) + (1e-6 if kind % 2 else 0)
+    if kind in (3, 4):
+        w[rng.random(columns) < rng.uniform(0.05, 0.9)] = 0
+    elif kind == 5:
+        w[:] = rng.choice([1.0, 0.0, 1e-8, 300.0])
+    elif kind == 6:
+        w *= 10.0 ** rng.uniform(-12, extreme, columns)
+    elif kind == 7:
+        w[: columns // 2] = 0
+    return w.astype(np.float32)
+
+
+def case(seed: int, kind: GGMLQuantizationType) -> tuple[Floats, Floats | None]:
+    """The matrix and imatrix row of a number; every row length from one block up comes up."""
+    rng = np.random.default_rng(seed)
+    block = GGML_QUANT_SIZES[kind][0]
+    n_rows = int(rng.choice([1, 2, 3, 7, 15, 16, 17, 40]))
+    n_blocks = int(rng.integers(1, 2 * 8)) if rng.random() < 0.8 else int(rng.integers(1, 41))
+    columns = -(-block * n_blocks // 256) * 256  # what every per-block distribution divides
+    values = kernel_check.edge_rows(rng, columns) if rng.random() < 0.05 else matrix(rng, n_rows, columns)
+    # One float from an aligned place, as rows of a mapped file may be.
+    rows: Floats = np.empty((len(values), block * n_blocks + 1), np.float32).reshape(-1)[1:]
+    rows = rows[: len(values) * block * n_blocks].reshape(len(values), -1)
+    rows[:] = values[:, : block * n_blocks]
+    if rng.random() < 0.3:  # as BF16 holds them
+        rows.view(np.uint32)[:] &= 0xFFFF0000
+    fragile = kind.name.startswith(("IQ2", "IQ3"))
+    weights = imatrix_row(rng, block * n_blocks, extreme=4 if fragile else 25)
+    if weights is None:
+        rows = kernel_check.that_ggml_survives(rows, kind)
+    return np.ascontiguousarray(rows), weights
+
+
+def fuzz(
+    bin_dir: Path, library: Path, names: Sequence[str], isas: Sequence[str], seeds: range, show: bool = False
+) -> Tally:
+    """Compare the cases `seeds` of every type."""
+    ggml, loaded, tally = Ggml(bin_dir), KernelLibrary(library), Tally()
+    for seed in seeds:
+        for name in names:
+            kind = GGMLQuantizationType[name]
+            rows, weights = case(seed, kind)
+            if not len(rows) or (weights is None and ggml.requires_imatrix(kind)):
+                continue
+            if show:
+                print(seed, name, rows.shape, weights is not None, file=sys.stderr, flush=True)
+            size = len(rows) * ggml.row_size(kind, rows.shape[1])
+            theirs = np.full(size + 1, CANARY, np.uint8)[1:]
+            ggml.reference(rows, kind, weights, theirs)
+            for isa in isas:
+                assert loaded.force_isa(isa), isa
+                buffer = np.full(size + 1 + GUARD, CANARY, np.uint8)
+                ours = buffer[1 : size + 1]
+                if not loaded.quantize(rows, kind, weights, ours):
+                    tally.left[name, isa] += 1
+                    continue
+                tally.runs[name, isa] += 1
+                tally.elements[name, isa] += rows.size
+                differing = int((ours != theirs).sum()) + int((buffer[size + 1 :] != CANARY).sum())
+                if differing or buffer[0] != CANARY:
+                    tally.differing[name, isa] += max(differing, 1)
+                    first = int(np.argmax(ours != theirs))
+                    tally.found.append(
+                        f"case {seed} {name} {isa} {rows.shape} imatrix {weights is not None}: {differing} bytes, "
+                        f"first at {first} of {size}"
+                    )
+    return tally
+
+
+def campaign(
+    bin_dir: Path,
+    library: Path,
+    *,
+    names: Sequence[str],
+    isas: Sequence[str],
+    elements: float,
+    seed: int,
+    jobs: int,
+) -> Tally:
+    """Run cases on all cores until every type has had `elements` elements."""
+    total, step, first = Tally(), 20, seed * 10_000_000
+    left = {name: elements for name in names}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        while left:
+            ranges = [range(first + k * step, first + (k + 1) * step) for k in range(4 * jobs)]
+            first = ranges[-1].stop
+            for made in [pool.submit(fuzz, bin_dir, library, list(left), isas, seeds) for seeds in ranges]:
+                total.add(made.result())
+            left = {n: e for n, e in left.items() if min(total.elements[n, isa] for isa in isas) < elements}
+            if not any(total.elements.values()) or len(total.found) > 100:
+                break
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", default=",".join(kind.name for kind in KERNEL_TYPES))
+    parser.add_argument("--elements", type=float, default=2e6, help="per type and ISA")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, help="run only cases from this number, in this process")
+    parser.add_argument("--cases", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--isa", choices=[*ISAS, "both"], default="both")
+    parser.add_argument("--library", type=Path, help="default: the kernels of this checkout, compiled now")
+    given = parser.parse_args()
+    bin_dir = llama_cpp.build().bin_dir
+    library = given.library or llama_cpp.build_kernels().library
+    loaded = KernelLibrary(library)
+    isas = [isa for isa in ISAS if given.isa in (isa, "both") and loaded.force_isa(isa)]
+    names = given.types.upper().split(",")
+    if given.first is not None:
+        tally = fuzz(bin_dir, library, names, isas, range(given.first, given.first + given.cases), show=True)
+    else:
+        tally = campaign(
+            bin_dir, library, names=names, isas=isas, elements=given.elements, seed=given.seed, jobs=given.jobs
+        )
+    print("\n".join([*tally.lines(), *tally.found[:20]]))
+    sys.exit(bool(tally.found))
+
+
+if __name__ == "__main__":
+    main()
