@@ -12,7 +12,19 @@ from typing import Any
 import click
 
 import gemma_gguf
-from gemma_gguf import calibration, demo, factory, fanout, llama_cpp, manifest, planning, proof, recipes, survey
+from gemma_gguf import (
+    calibration,
+    demo,
+    factory,
+    fanout,
+    kernel_check,
+    llama_cpp,
+    manifest,
+    planning,
+    proof,
+    recipes,
+    survey,
+)
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
@@ -123,6 +135,13 @@ _set_options = _with_options(
         show_default=True,
         help="What quantises: all files at once, or llama-quantize once per recipe; the bytes are the same.",
     ),
+    click.option(
+        "--kernels",
+        type=click.Choice(kernel_check.CHOICES),
+        default="auto",
+        show_default=True,
+        help="What quantises in the fan-out: the package's kernels where they fit, or ggml alone; the same bytes.",
+    ),
     click.option("--jobs", type=click.IntRange(1), help="Worker processes of the fan-out engine (default: all cores)."),
     click.option(
         "--max-memory",
@@ -162,7 +181,7 @@ def main() -> None:
 @_json
 @click.pass_context
 def build(ctx: click.Context, llama_cpp_spec: str, backend: str, cmake_args: tuple[str, ...], wait: bool) -> None:
-    """Build llama.cpp, or find the build in the cache.
+    """Build llama.cpp and the quantisation kernels, or find them in the cache.
 
     \b
     gemma-gguf build --llama-cpp git:b9999 --backend cuda
@@ -172,7 +191,9 @@ def build(ctx: click.Context, llama_cpp_spec: str, backend: str, cmake_args: tup
         llama_cpp_spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=console.progress
     )
     console.say(f"llama.cpp {made.version}, commit {made.commit[:9]}, {made.backend}: {made.bin_dir}")
-    console.document(made.facts())
+    kernels, why = kernel_check.compiled(console.progress)
+    console.say(f"kernels: {kernels.library}" if kernels else f"kernels: {why}; ggml quantises")
+    console.document({**made.facts(), "kernels": str(kernels.library) if kernels else None})
 
 
 def _options(given: Mapping[str, Any], until: str) -> Options:
@@ -193,6 +214,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         imatrix=given["imatrix"],
         base=given["base"],
         engine=given["engine"],
+        kernels=given["kernels"],
         jobs=given["jobs"],
         max_memory=given["max_memory"],
         scheduler=given["scheduler"],

@@ -39,6 +39,7 @@ from gemma_gguf.files import (
     sha256_json,
     write_atomic,
 )
+from gemma_gguf.kernel_check import Checked
 from gemma_gguf.manifest import CalibrationFacts, FileEntry, ImatrixFacts, StageRecord
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
@@ -50,6 +51,7 @@ from gemma_gguf.session import (
     Report,
     Run,
     file_name,
+    kernels_for,
     new_entry,
     open_run,
     plan_recipe,
@@ -385,7 +387,8 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
         state, header, [item.recipe for item in made], made[0].plans, state.set_dir / imatrix.file_name(state.stem)
     )
     outputs = {output.recipe: output for output in listed}
-    speeds = speeds_for(state, [item.plan for item in made])
+    using = _kernels(state) if state.options.engine == "fanout" else None
+    speeds = speeds_for(state, [item.plan for item in made], using)
     if state.take_away is None:
         planning.refuse_what_does_not_fit(state, list(outputs.values()))
         waves = [list(outputs)]
@@ -395,7 +398,8 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
     for wave in waves:
         items = [item for item in made if item.recipe.name in wave]
         if state.options.engine == "fanout":
-            _fan_out(state, header, items, [outputs[item.recipe.name] for item in items], inputs=inputs, speeds=speeds)
+            parts = [outputs[item.recipe.name] for item in items]
+            _fan_out(state, header, items, parts, inputs=inputs, using=using, speeds=speeds)
         else:
             for item in items:
                 _loop_once(state, item)
@@ -404,6 +408,15 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
         if state.take_away is not None:
             for item in items:
                 state.take_away(state.set_dir / file_name(state, item.recipe))
+
+
+def _kernels(state: Run) -> Checked:
+    """What may quantise in ggml's place, said and recorded."""
+    using = kernels_for(state)
+    for name, why in using.facts.off.items():
+        state.did(Done("kernels", f"{name} by ggml", False, why, 0.0))
+    state.record(state.manifest.model_copy(update={"kernels": using.facts}))
+    return using
 
 
 def _link_base_row(state: Run, recipe: Recipe, key: str, why: str) -> None:
@@ -458,6 +471,7 @@ def _fan_out(
     outputs: Sequence[fanout.Output],
     *,
     inputs: str,
+    using: Checked | None,
     speeds: Mapping[str, float],
 ) -> None:
     """Make files together; each is verified and named as soon as its bytes are whole."""
@@ -474,6 +488,7 @@ def _fan_out(
         imatrix=state.set_dir / imatrix.file_name(state.stem),
         bin_dir=state.build.bin_dir,
         inputs=inputs,
+        kernels=using.kernels if using else None,
         phase_of=plan.phases([item.plan for item in made], speeds),
         shared=options.scheduler is not None,
     )
@@ -505,7 +520,7 @@ def _fan_out(
     shutil.rmtree(job_dir)
     state.log.note(
         f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s of which {figures.quantize_seconds:.1f} in "
-        f"ggml's quantisers, {figures.read_bytes} bytes read, {figures.written_bytes} written"
+        f"the quantisers, {figures.read_bytes} bytes read, {figures.written_bytes} written"
     )
 
 

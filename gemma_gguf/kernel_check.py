@@ -51,11 +51,9 @@ def ready(build: Build, choice: str, *, jobs: int, log: RunLog, progress: Progre
     """
     if choice == "ggml":
         return _without("switched off with --kernels ggml")
-    try:
-        made = llama_cpp.build_kernels(progress=progress)
-    except (MissingToolError, ToolFailedError) as error:
-        why = f"not compiled: {error.what.splitlines()[0]}"
-        log.note(f"kernels: {why}; ggml quantises. {error.log or ''}")
+    made, why = compiled(progress)
+    if made is None:
+        log.note(f"kernels: {why}; ggml quantises")
         return _without(why)
     path = llama_cpp.cache_dir() / "kernel-checks" / f"{_check_key(build, made)}.json"
     result: dict[str, Any] = {}
@@ -78,6 +76,15 @@ def ready(build: Build, choice: str, *, jobs: int, log: RunLog, progress: Progre
     types = tuple(GGMLQuantizationType[name] for name in facts.types)
     kernels = Kernels(made.library, facts.isa, types) if types else None
     return Checked(kernels, facts, path.stem if kernels else "")
+
+
+def compiled(progress: Progress = silent) -> tuple[KernelBuild | None, str]:
+    """The compiled kernels and "", or None and why this machine cannot compile them."""
+    try:
+        return llama_cpp.build_kernels(progress), ""
+    except (MissingToolError, ToolFailedError) as error:
+        where = f" (log: {error.log.name})" if error.log else ""  # its directory is this machine's business
+        return None, f"not compiled: {error.what.splitlines()[0]}{where}"
 
 
 def _without(why: str) -> Checked:
@@ -103,13 +110,15 @@ def check(
             version, isa = pool.submit(_identity, str(made.library)).result()
         found: dict[str, str | None] = {}
         if isa != "none":
-            found = _compare_all(str(build.bin_dir), str(made.library), names, jobs, Path(scratch), progress)
+            found = _compare_all(
+                str(build.bin_dir), str(made.library), names, jobs=jobs, scratch=Path(scratch), progress=progress
+            )
     off = {name: why for name, why in found.items() if why}
     return {"version": version, "isa": isa, "types": [n for n, why in found.items() if why is None], "off": off}
 
 
 def _compare_all(
-    bin_dir: str, library: str, names: list[str], jobs: int, scratch: Path, progress: Progress
+    bin_dir: str, library: str, names: list[str], *, jobs: int, scratch: Path, progress: Progress
 ) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     left = list(names)
@@ -180,14 +189,15 @@ def that_ggml_survives(rows: Floats, kind: GGMLQuantizationType) -> Floats:
     if not kind.name.startswith(("IQ2", "IQ3")):
         return rows
     magnitude = np.abs(rows)
-    return rows[((magnitude == 0) | ((magnitude > 1e-8) & (magnitude < 1e8))).all(axis=1)]
+    kept: Floats = rows[((magnitude == 0) | ((magnitude > 1e-8) & (magnitude < 1e8))).all(axis=1)]
+    return kept
 
 
 def edge_rows(rng: np.random.Generator, columns: int) -> Floats:
     """Rows on which quantisers branch: zeros, constants, ties, denormals, huge and tiny scales, outliers."""
     block = 32
 
-    def per_block(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def per_block(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values.repeat(block)
 
     def noise() -> npt.NDArray[np.float64]:
@@ -211,4 +221,3 @@ def edge_rows(rng: np.random.Generator, columns: int) -> Floats:
     lattice = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
     rows += [rng.choice(lattice, columns) * per_block(2.0 ** rng.integers(-8, 2, n_blocks)) for _ in range(8)]
     return np.asarray(rows, dtype=np.float32)
-

@@ -88,9 +88,7 @@ class KernelLibrary:
         """Fill `out` with the quantised rows; False, and anything in `out`, when this case is left to ggml."""
         n_rows, columns = rows.shape
         data = None if weights is None else weights.ctypes.data
-        written = self._lib.gemma_quantize(
-            int(ggml_type), rows.ctypes.data, out.ctypes.data, n_rows, columns, data
-        )
+        written = self._lib.gemma_quantize(int(ggml_type), rows.ctypes.data, out.ctypes.data, n_rows, columns, data)
         return bool(written == out.size)
 
 
@@ -118,12 +116,12 @@ class Ggml:
             widen.restype = None
         self._lib = lib
         self._kernels: KernelLibrary | None = None
-        self._approved: frozenset[GGMLQuantizationType] = frozenset()
+        self.approved: frozenset[GGMLQuantizationType] = frozenset()  # types that kernels quantise here
         if kernels is not None:
             library = KernelLibrary(kernels.library)
             # A worker on another machine may have another CPU: what was not checked is not used.
             if library.isa == kernels.isa:
-                self._kernels, self._approved = library, frozenset(kernels.types)
+                self._kernels, self.approved = library, frozenset(kernels.types)
 
     def row_size(self, ggml_type: GGMLQuantizationType, columns: int) -> int:
         """Bytes of one row."""
@@ -158,7 +156,7 @@ class Ggml:
         out = np.empty(len(rows) * self.row_size(ggml_type, rows.shape[1]), dtype=np.uint8)
         taken = (
             self._kernels is not None
-            and ggml_type in self._approved
+            and ggml_type in self.approved
             and self._kernels.quantize(rows, ggml_type, weights, out)
         )
         if not taken:

@@ -654,14 +654,14 @@ class KernelBuild:
     seconds: float
 
 
-def build_kernels(source: Path = KERNEL_SOURCE, *, progress: Progress = silent) -> KernelBuild:
+def build_kernels(progress: Progress = silent) -> KernelBuild:
     """The quantisation kernels, from the cache or compiled now (seconds).
 
     They are no part of a llama.cpp build: a new version of them leaves builds as they are. Raises `MissingToolError`
     or `ToolFailedError` where they cannot be compiled; ggml then does the work.
     """
     compiler = compiler_version("cpu")
-    digest = sha256_tree(source)
+    digest = sha256_tree(KERNEL_SOURCE)
     variables = {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}
     key = sha256_json([digest, compiler, platform.system(), platform.machine(), variables])[:20]
     cache = cache_dir()
@@ -673,18 +673,19 @@ def build_kernels(source: Path = KERNEL_SOURCE, *, progress: Progress = silent) 
                 log.running = root.with_name(f"{key}.running")
                 end_leftovers(log)
                 progress("compiling the kernels", 0, 1, "steps")
-                _make_kernels(source, root, {"source_sha256": digest, "compiler": compiler}, log)
+                _make_kernels(root, {"source_sha256": digest, "compiler": compiler}, log)
     facts = json.loads((root / "kernels.json").read_text())
     return KernelBuild(library=root / facts.pop("library"), key=key, **facts)
 
 
-def _make_kernels(source: Path, root: Path, facts: Mapping[str, str], log: RunLog) -> None:
+def _make_kernels(root: Path, facts: Mapping[str, str], log: RunLog) -> None:
     cmake = find_tool("cmake", "pip install 'gemma-gguf[build]'")
     ninja = find_tool("ninja", "pip install 'gemma-gguf[build]'")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         objects = Path(scratch, "objects")
-        run_tool([cmake, "-S", source, "-B", objects, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"], log=log)
+        configure: list[str | Path] = [cmake, "-S", KERNEL_SOURCE, "-B", objects, "-G", "Ninja"]
+        run_tool([*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}"], log=log)
         run_tool([cmake, "--build", objects], log=log)
         finished = Path(scratch, "finished")
         finished.mkdir()

@@ -39,6 +39,7 @@ from gemma_gguf.session import (
     Run,
     check_given,
     file_name,
+    kernels_for,
     open_run,
     room_for,
     speeds_for,
@@ -128,7 +129,9 @@ def _exact_plan(
     plans = _plans(state, made, header, given)
     outputs = outputs_of(state, header, made, plans, given)
     rows: list[PlannedFile] = []
-    speeds = speeds_for(state, list(plans.values())) if plans else {}
+    # What a loop over llama-quantize would take is computed with ggml's speeds, what the fan-out takes with its own.
+    ggml = speeds_for(state, list(plans.values())) if plans else {}
+    speeds = speeds_for(state, list(plans.values()), kernels_for(state)) if plans else {}
     if any(recipe.is_base for recipe in wanted):
         rows.append(
             PlannedFile("bf16", header.file_size, round(header.bits_per_weight, 4), 0.0, header.type_histogram(), {})
@@ -140,14 +143,15 @@ def _exact_plan(
                 recipe=output.recipe,
                 n_bytes=output.header.file_size,
                 bpw=round(8 * sum(t.n_bytes for t in output.plan.tensors) / n_elements, 4),
-                cpu_seconds=round(plan.work_of([output.plan]).seconds(speeds)[0], 1),
+                cpu_seconds=round(plan.work_of([output.plan]).seconds(ggml)[0], 1),
                 types=dict(Counter(t.target.name for t in output.plan.tensors).most_common()),
                 fallbacks=output.plan.fallbacks,
             )
         )
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
-    asked_seconds, distinct_seconds = plan.work_of(plans.values()).seconds(speeds)
+    work = plan.work_of(plans.values())
+    asked_seconds, distinct_seconds = work.seconds(ggml)[0], work.seconds(speeds)[1]
     peak = peak_bytes(sizes, proof=state.options.proof)
     try:
         groups = waves_for(state, outputs, speeds)

@@ -21,6 +21,7 @@ from gemma_gguf import (
     fanout,
     gguf_io,
     imatrix,
+    kernel_check,
     llama_cpp,
     manifest,
     plan,
@@ -35,6 +36,7 @@ from gemma_gguf.files import (
     locked,
     write_atomic,
 )
+from gemma_gguf.kernel_check import Checked
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import BuildFacts, FileEntry, Manifest
 from gemma_gguf.plan import FilePlan
@@ -63,6 +65,7 @@ class Options:
     imatrix: Path | None = None
     base: Path | None = None
     engine: str = "fanout"
+    kernels: str = "auto"  # or "ggml"
     jobs: int | None = None
     scheduler: str | None = None  # address of a Dask scheduler
     max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
@@ -357,9 +360,22 @@ def new_entry(
     )
 
 
-def speeds_for(state: Run, plans: Sequence[FilePlan]) -> dict[str, float]:
-    """Elements per second and core of every type these plans need; measured once per build and machine."""
-    path = llama_cpp.cache_dir() / "speeds" / f"{state.build.key}.json"
+def kernels_for(state: Run) -> Checked:
+    """The kernels that this run's workers may use: compiled and compared with ggml now, or before."""
+    return kernel_check.ready(
+        state.build,
+        state.options.kernels,
+        jobs=fanout.workers_for(state.options.jobs, state.options.max_memory),
+        log=state.log,
+        progress=state.progress,
+    )
+
+
+def speeds_for(state: Run, plans: Sequence[FilePlan], using: Checked | None = None) -> dict[str, float]:
+    """Elements per second and core of every type these plans need, by ggml or `using` kernels; measured once per
+    build, kernels and machine."""
+    implementation = "-".join(filter(None, (state.build.key, using.key if using else "")))
+    path = llama_cpp.cache_dir() / "speeds" / f"{implementation}.json"
     known: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text())
@@ -367,7 +383,9 @@ def speeds_for(state: Run, plans: Sequence[FilePlan]) -> dict[str, float]:
     if missing:
         state.progress("measuring the quantisers' speed", 0, len(missing), "types")
         with fanout.local_executor(1, state.work) as pool:
-            known |= pool.submit(tasks.measure_speeds, str(state.build.bin_dir), missing).result()
+            known |= pool.submit(
+                tasks.measure_speeds, str(state.build.bin_dir), missing, kernels=using.kernels if using else None
+            ).result()
         tasks.clear_slots(state.work)
         write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
     return known

@@ -9,11 +9,12 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from gemma_gguf.libggml import KERNEL_TYPES, Ggml, KernelLibrary
 ISAS = ("avx2", "avx512")
 CANARY = 0xA5
 GUARD = 64  # bytes after the output that must stay as they are
-Doubles = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.floating[Any]]
 
 
 @dataclass
@@ -56,45 +57,35 @@ class Tally:
 
 
 def matrix(rng: np.random.Generator, n_rows: int, columns: int) -> Doubles:
-    """One of fifteen distributions, each aimed at a branch or a rounding of some quantiser."""
+    """One of many distributions, each aimed at a branch or a rounding of some quantiser."""
     f: Doubles = rng.standard_t(rng.uniform(2, 8), (n_rows, columns))
     per_block = int(rng.choice([8, 16, 32, 256]))
-
-    def blocks(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        return values.repeat(per_block, axis=1)
-
     shape = (n_rows, columns // per_block)
-    kind = int(rng.integers(15))
-    if kind == 1:  # ties
-        f = np.round(f * rng.uniform(0.5, 4))
-    elif kind == 2:
-        f = rng.integers(-8, 8, f.shape) * 0.0117
-    elif kind == 3:  # many zeros
-        f = np.where(rng.random(f.shape) < rng.uniform(0.1, 0.95), 0, f)
-    elif kind == 4:  # scales that differ from block to block
-        f = f * blocks(10.0 ** rng.uniform(-9, 2, shape))
-    elif kind == 5:  # far from zero
-        f = f + blocks(rng.uniform(-5, 5, shape))
-    elif kind == 6:  # FP4-like lattices
-        lattice = [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
-        f = rng.choice(lattice, f.shape) * blocks(2.0 ** rng.integers(-8, 2, shape))
-    elif kind == 7:  # outliers
-        f = np.where(rng.random(f.shape) < 0.01, f * 1000, f * 1e-3)
-    elif kind == 8:  # two values
-        f = rng.choice([1.0, -1.0], f.shape) * blocks(rng.uniform(0.01, 1, shape))
-    elif kind == 9:  # almost constant
-        f = blocks(rng.uniform(-1, 1, shape)) * (1 + 1e-6 * f)
-    elif kind == 10:  # zero blocks among others
-        f = np.where(blocks(rng.random(shape) < rng.uniform(0.05, 0.8)), 0.0, f)
-    elif kind == 11:  # denormals, and products that vanish
-        f = f * 10.0 ** rng.uniform(-44, -18)
-    elif kind == 12:  # huge
-        f = f * 10.0 ** rng.uniform(3, 15)
-    elif kind == 13:  # one sign
-        f = np.abs(f) * blocks(rng.choice([1.0, -1.0], shape)) + rng.uniform(0, 0.1)
-    elif kind == 14:  # values of a coarse grid of powers of two, exact halves included
-        f = rng.integers(-256, 257, f.shape) * 2.0 ** rng.integers(-10, -2)
-    return f * rng.choice([1, 0.02])
+    lattice = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def blocks(values: npt.NDArray[Any]) -> Doubles:
+        return values.astype(np.float64).repeat(per_block, axis=1)
+
+    kinds: list[Callable[[], Doubles]] = [
+        lambda: f,
+        lambda: np.round(f * rng.uniform(0.5, 4)),  # ties
+        lambda: rng.integers(-8, 8, f.shape) * 0.0117,
+        lambda: np.where(rng.random(f.shape) < rng.uniform(0.1, 0.95), 0, f),  # many zeros
+        lambda: f * blocks(10.0 ** rng.uniform(-9, 2, shape)),  # scales that differ from block to block
+        lambda: f + blocks(rng.uniform(-5, 5, shape)),  # far from zero
+        lambda: rng.choice(lattice, f.shape) * blocks(2.0 ** rng.integers(-8, 2, shape)),
+        lambda: np.where(rng.random(f.shape) < 0.01, f * 1000, f * 1e-3),  # outliers
+        lambda: rng.choice([1.0, -1.0], f.shape) * blocks(rng.uniform(0.01, 1, shape)),  # two values
+        lambda: blocks(rng.uniform(-1, 1, shape)) * (1 + 1e-6 * f),  # almost constant
+        lambda: np.where(blocks(rng.random(shape)) < rng.uniform(0.05, 0.8), 0.0, f),  # zero blocks among others
+        lambda: f * 10.0 ** rng.uniform(-44, -18),  # denormals, and products that vanish
+        lambda: f * 10.0 ** rng.uniform(3, 15),  # huge
+        lambda: np.abs(f) * blocks(rng.choice([1.0, -1.0], shape)) + rng.uniform(0, 0.1),  # one sign
+        lambda: rng.integers(-256, 257, f.shape) * 2.0 ** rng.integers(-10, -2),  # exact halves of a coarse grid
+        lambda: np.clip(f, -1, 1) * blocks(rng.uniform(0.01, 1, shape)),  # many equal extremes
+    ]
+    made: Doubles = kinds[int(rng.integers(len(kinds)))]() * rng.choice([1, 0.02])
+    return made
 
 
 def imatrix_row(rng: np.random.Generator, columns: int, *, extreme: float) -> Floats | None:
@@ -136,7 +127,7 @@ def case(seed: int, kind: GGMLQuantizationType) -> tuple[Floats, Floats | None]:
 
 
 def fuzz(
-    bin_dir: Path, library: Path, names: Sequence[str], isas: Sequence[str], seeds: range, show: bool = False
+    bin_dir: Path, library: Path, names: Sequence[str], isas: Sequence[str], seeds: range, *, show: bool = False
 ) -> Tally:
     """Compare the cases `seeds` of every type."""
     ggml, loaded, tally = Ggml(bin_dir), KernelLibrary(library), Tally()
@@ -183,7 +174,7 @@ def campaign(
 ) -> Tally:
     """Run cases on all cores until every type has had `elements` elements."""
     total, step, first = Tally(), 20, seed * 10_000_000
-    left = {name: elements for name in names}
+    left = dict.fromkeys(names, elements)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while left:
             ranges = [range(first + k * step, first + (k + 1) * step) for k in range(4 * jobs)]

@@ -281,8 +281,11 @@ def test_recipes_for_a_person() -> None:
 def test_a_build_as_a_document(build: Build) -> None:
     done = call("build", "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout) == json.loads(json.dumps(build.facts()))
-    assert done.stderr == f"llama.cpp {build.version}, commit {build.commit[:9]}, cpu: {build.bin_dir}\n"
+    kernels = llama_cpp.build_kernels().library
+    assert json.loads(done.stdout) == json.loads(json.dumps({**build.facts(), "kernels": str(kernels)}))
+    assert done.stderr == (
+        f"llama.cpp {build.version}, commit {build.commit[:9]}, cpu: {build.bin_dir}\nkernels: {kernels}\n"
+    )
 
 
 # --- doctor ------------------------------------------------------------------------------------------------------
