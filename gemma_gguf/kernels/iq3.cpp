@@ -41,7 +41,8 @@ struct Iq3Xxs : Iq3 {
     }
 };
 
-// block_iq3_s: d (half), 64 low bytes of grid indices, 8 bytes of their ninth bits, 32 bytes of signs, 4 bytes of scales.
+// block_iq3_s: d (half), 64 low bytes of grid indices, 8 bytes of their ninth bits, 32 bytes of signs, 4 bytes of
+// scales.
 struct Iq3S : Iq3 {
     static constexpr int BYTES = 110, STEPS = 9;
     // ggml starts with is_on_grid = false, and refines the groups that are on the grid as well (`continue` is commented

@@ -1,13 +1,14 @@
 // What IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS and IQ3_S have in common; iq2.cpp and iq3.cpp say in what they differ.
 //
-// Mirrors quantize_row_iq2_xxs_impl, _iq2_xs_impl, _iq2_s_impl, _iq3_xxs_impl and _iq3_s_impl of ggml-quants.c. All five
-// do this to a block of 16 or 32 weights: take the signs off, try a dozen or more scales; for each, round every group of
-// 8 (IQ2) or 4 (IQ3) weights to levels, replace levels that are not on the grid by the best of some grid points, and keep
-// the scale with the best weighted fit; then repeat that once for the scale that the fit itself suggests.
+// Mirrors quantize_row_iq2_xxs_impl, _iq2_xs_impl, _iq2_s_impl, _iq3_xxs_impl and _iq3_s_impl of ggml-quants.c. All
+// five do this to a block of 16 or 32 weights: take the signs off, try a dozen or more scales; for each, round every
+// group of 8 (IQ2) or 4 (IQ3) weights to levels, replace levels that are not on the grid by the best of some grid
+// points, and keep the scale with the best weighted fit; then repeat that once for the scale that the fit itself
+// suggests.
 //
-// Two ways to use the lanes alternate here. One lane per super-block (256 weights) serves everything but the replacement
-// of levels, where all the time goes (iq2_find_best_neighbour, iq3_find_best_neighbour). There, a lane is one grid point
-// of a search, and a vector holds LANES / 8 searches side by side.
+// Two ways to use the lanes alternate here. One lane per super-block (256 weights) serves everything but the
+// replacement of levels, where all the time goes (iq2_find_best_neighbour, iq3_find_best_neighbour). There, a lane is
+// one grid point of a search, and a vector holds LANES / 8 searches side by side.
 //
 // ggml aborts when sums overflow so far that a search finds nothing or a scale is NaN; quantize() returns false then.
 #pragma once
@@ -23,7 +24,7 @@ constexpr int SIDE = LANES / EIGHT;  // searches in one vector
 
 // Flags above the (at most 16) bits of a code.
 constexpr int32_t OFF_GRID = 1 << 16;   // the levels were not on the grid and have been replaced
-constexpr int32_t UNCERTAIN = 1 << 17;  // see Blocks::round_to_levels
+constexpr int32_t UNCERTAIN = 1 << 17;  // see Quantizer::round_to_levels
 constexpr int32_t CODE = 0xffff;
 
 // ---- One search: the eight lanes of a side.
@@ -88,8 +89,8 @@ struct Group {
 };
 
 // The terms of ggml's distance, `weight[i] * diff * diff` with `diff = scale * q - xval[i]`. A weight has only as many
-// different terms as there are levels: compute each once, then a grid point's terms are look-ups. distance() adds them in
-// ggml's order.
+// different terms as there are levels: compute each once, then a grid point's terms are look-ups. distance() adds them
+// in ggml's order.
 template <int DIM> class Terms;
 
 template <> class Terms<8> {  // three levels; at[i] holds the terms of weight i in its first entries, in every quarter
@@ -130,7 +131,10 @@ template <> class Terms<4> {  // eight levels; at[i] holds the terms of weight i
         const f32 grid = spread(group.scale) * eight_magnitudes();
         for (int i = 0; i < 4; i++) {
             const float *x[SIDE], *root[SIDE];
-            for (int side = 0; side < SIDE; side++) x[side] = group.magnitude[side] + i, root[side] = group.root[side] + i;
+            for (int side = 0; side < SIDE; side++) {
+                x[side] = group.magnitude[side] + i;
+                root[side] = group.root[side] + i;
+            }
             const f32 diff = grid - spread(x);
             at[i] = spread(root) * diff * diff;
         }
@@ -149,9 +153,9 @@ struct Search {
     uint16_t n_eights, at;
 };
 
-// iq2_find_best_neighbour and iq3_find_best_neighbour: found[side] becomes the code of the nearest of the points in each
-// side's list, the first of equals. N > 0 promises that both lists have N eights. The distance itself goes to `farthest`:
-// where that is not below FLT_MAX, ggml has found nothing.
+// iq2_find_best_neighbour and iq3_find_best_neighbour: found[side] becomes the code of the nearest of the points in
+// each side's list, the first of equals. N > 0 promises that both lists have N eights. The distance itself goes to
+// `farthest`: where that is not below FLT_MAX, ggml has found nothing.
 template <int N, int DIM>
 GEMMA_INLINE void find_nearest(const Group & group, PerSide<uint16_t> list, const int (&n_eights)[SIDE],
                                int32_t * const (&found)[SIDE], f32 & farthest) {
@@ -309,11 +313,11 @@ template <class Type> class Quantizer {
     // `l = nearest_int(0.5f*(id*xval - 1))`, clipped, for all groups; inverse * scale is 1.
     //
     // Also decides which searches may use the shortened lists of iq_tables.cpp. That needs the term of a level to grow
-    // (or stay) with every step away from the level chosen here. It does: `diff` is monotone in the level, and
-    // `weight * diff * diff` in |diff|, rounding included, so that only the levels next to the zero of `diff` can be in
-    // the wrong order, if rounding made them so. Where x / scale is at least 2e-4 away from the point between two
-    // magnitudes, their |diff| differ by 4e-4 scale, and all roundings together are below 1e-5 scale. (Those of
-    // scale * q, of the difference, of inverse and of the sums here are 2^-24 of values below 20 scale each, for weights
+    // (or stay) with every step away from the level chosen here. It does: `diff` is monotone in the level, and `weight
+    // * diff * diff` in |diff|, rounding included, so that only the levels next to the zero of `diff` can be in the
+    // wrong order, if rounding made them so. Where x / scale is at least 2e-4 away from the point between two
+    // magnitudes, their |diff| differ by 4e-4 scale, and all roundings together are below 1e-5 scale. (Those of scale
+    // * q, of the difference, of inverse and of the sums here are 2^-24 of values below 20 scale each, for weights
     // below 20 scale; larger ones are on the far side of all levels, where only nearest_int must be right, which it is
     // up to 2^22.) A scale so small or large that these bounds fail, or that is NaN, makes all searches uncertain.
     void round_to_levels(f32 inverse, f32 scale) {
@@ -337,7 +341,9 @@ template <class Type> class Quantizer {
     // Replaces levels off the grid in `code`: groups k of the lanes in wanted[k].
     void put_on_grid(const unsigned (&wanted)[GROUPS]) {
         Search sorted[SORTED][CODES + SIDE];
-        int count[SORTED] = {0};
+        // How many of each length, 12 bits each: an array would make every search wait for the store of the one before.
+        uint64_t counts = 0;
+        const auto count = [&](int length) { return static_cast<int>(counts >> 12 * length & 0xfff); };
         for (int k = 0; k < GROUPS; k++) {
             for (unsigned lanes = wanted[k]; lanes != 0; lanes &= lanes - 1) {
                 const int at = k * LANES + __builtin_ctz(lanes);
@@ -348,14 +354,15 @@ template <class Type> class Quantizer {
                     search.n_eights = candidates.n_all;
                 }
                 const int length = min_of<int>(search.n_eights, SORTED - 1);
-                sorted[length][count[length]++] = search;
+                sorted[length][count(length)] = search;
+                counts += uint64_t{1} << 12 * length;
             }
         }
         // Equal lengths in a row: the loop over a list is unrolled, or at least its end is predictable.
-        search_all<1>(sorted[1], count[1]);
-        search_all<2>(sorted[2], count[2]);
-        search_all<3>(sorted[3], count[3]);
-        search_all<0>(sorted[4], count[4]);
+        search_all<1>(sorted[1], count(1));
+        search_all<2>(sorted[2], count(2));
+        search_all<3>(sorted[3], count(3));
+        search_all<0>(sorted[4], count(4));
     }
 
     template <int N> void search_all(Search * searches, int count) {
@@ -452,8 +459,8 @@ template <class Type> class Quantizer {
         store(result.scale + ib * LANES, select(live, scale, splat(0.0f)));
     }
 
-    // Once more, with the scale that the fit gave: blocks that have groups off the grid, or all (REFINES_ALL_BLOCKS), and
-    // in them those groups, or all (REFINES_ALL_GROUPS).
+    // Once more, with the scale that the fit gave: blocks that have groups off the grid, or all (REFINES_ALL_BLOCKS),
+    // and in them those groups, or all (REFINES_ALL_GROUPS).
     f32 refine(f32 scale, mask live, int32_t * best_code) {
         i32 flags = splat(Type::REFINES_ALL_BLOCKS ? OFF_GRID : 0);
         for (int k = 0; k < GROUPS; k++) flags = flags | load(best_code + k * LANES);

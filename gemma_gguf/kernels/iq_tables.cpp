@@ -1,8 +1,8 @@
 // Builds the tables of the IQ2 and IQ3 types from their grids, which are part of the file format.
 //
 // Mirrors iq2xs_init_impl and iq3xs_init_impl of ggml-quants.c, whose lists these are, element by element. ggml sorts
-// the whole grid with qsort, twice, for every possible code; here a counting sort by distance does it once, and only for
-// codes that can occur (ggml has lists for level 3 of IQ2 too, which no weight is ever given).
+// the whole grid with qsort, twice, for every possible code; here a counting sort by distance does it once, and only
+// for codes that can occur (ggml has lists for level 3 of IQ2 too, which no weight is ever given).
 #include "iq_tables.h"
 
 #include <cstddef>
@@ -68,10 +68,10 @@ std::vector<int> candidates_of(const Definition & grid, const std::vector<uint8_
     return found;
 }
 
-// Leaves out candidates that cannot win. Candidate `a` dominates a later candidate `b` when it lies between the code and
-// b in every coordinate. As long as the error of a weight grows with every step away from the level in the code, none of
-// a's terms is larger than b's; float addition is monotone, so neither is the sum, and of equals the first wins. The
-// kernels check that condition for each search (Search::uncertain) and otherwise use the full list.
+// Leaves out candidates that cannot win. Candidate `a` dominates a later candidate `b` when it lies between the code
+// and b in every coordinate. As long as the error of a weight grows with every step away from the level in the code,
+// none of a's terms is larger than b's; float addition is monotone, so neither is the sum, and of equals the first
+// wins. The kernels check that condition for each search (UNCERTAIN in iq_lattice.h) and otherwise use the full list.
 std::vector<int> without_dominated(const Definition & grid, unsigned code, const std::vector<int> & candidates) {
     const uint32_t origin = steps_of(grid, code);
     std::vector<int> kept;

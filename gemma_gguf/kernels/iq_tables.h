@@ -1,9 +1,10 @@
-// The point sets ("grids") of the IQ2 and IQ3 types, and for every point off a grid the grid points that ggml considers.
+// The point sets ("grids") of the IQ2 and IQ3 types, and for every point off a grid the grid points that ggml
+// considers.
 //
 // A group of 8 weights (IQ2: levels 0..2) or 4 weights (IQ3: levels 0..7) is stored as the number of a grid point, and
 // only a few hundred of the 3^8 or 8^4 combinations of levels are on the grid. Everywhere in these files a combination
-// is a *code*: the level of weight i in bits BITS * i and up, 2 bits each for IQ2, 3 bits for IQ3. A level l stands for
-// the magnitude 2 l + 1.
+// is a *code*: the level of weight i in bits BITS * i and up, 2 bits each for IQ2, 3 bits for IQ3. A level l stands
+// for the magnitude 2 l + 1.
 #pragma once
 
 #include <cstdint>
