@@ -8,6 +8,7 @@ from gemma_gguf.manifest import (
     Evidence,
     FileEntry,
     ImatrixFacts,
+    KernelFacts,
     Manifest,
     Measured,
     ModelFacts,
@@ -214,6 +215,14 @@ def example() -> Manifest:
             compiler="c++ (Debian 12.2.0-14+deb12u1) 12.2.0",
             cmake_args=["-DCMAKE_BUILD_TYPE=Release", "-DGGML_METAL=OFF"],
             key=BUILD,
+        ),
+        kernels=KernelFacts(
+            version=1,
+            source_sha256=sha("kernels"),
+            isa="avx2",
+            types=["Q4_K", "Q6_K"],
+            off={"IQ4_NL": "12 of 3456 bytes are not ggml's (ordinary weights)"},
+            why_none=None,
         ),
         calibration=CalibrationFacts(
             name="default", source="texts of this repository", n_bytes=262144, sha256=sha("calibration")

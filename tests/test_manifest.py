@@ -18,6 +18,7 @@ from gemma_gguf.manifest import (
     Evidence,
     FileEntry,
     ImatrixFacts,
+    KernelFacts,
     Manifest,
     Measured,
     ModelFacts,
@@ -33,6 +34,7 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Manifest, ()),
     (ModelFacts, ("model",)),
     (BuildFacts, ("llama_cpp",)),
+    (KernelFacts, ("kernels",)),
     (CalibrationFacts, ("calibration",)),
     (ImatrixFacts, ("imatrix",)),
     (StageRecord, ("stages", "convert")),
@@ -117,7 +119,13 @@ def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
     assert json.loads(loaded.model_dump_json()) == raw
 
 
-@pytest.mark.parametrize(("place", "field"), FIELDS)
+def test_a_manifest_from_before_the_kernels_is_read(tmp_path: Path) -> None:
+    raw = _raw()
+    del raw["kernels"]
+    assert _load(tmp_path, raw) == example().model_copy(update={"kernels": None})
+
+
+@pytest.mark.parametrize(("place", "field"), [given for given in FIELDS if given.id != "kernels"])
 def test_every_field_is_required(tmp_path: Path, place: tuple[str | int, ...], field: str) -> None:
     raw = _raw()
     del _at(raw, place)[field]
