@@ -1,9 +1,10 @@
 """`make bench`: the fan-out engine against a loop over llama-quantize, side by side in one run.
 
 Builds a seeded synthetic checkpoint shaped like Gemma 3 4B (SCALE=small: a smaller one), converts it and computes an
-imatrix with the factory, then makes the same quants with both engines, alternating so that a noisy machine hits both
-alike. Prints a table as it goes and one JSON line last. Loop time is llama-quantize's alone; fan-out time is all of it:
-planning by dry-runs, headers, worker start, quantising, flushing to the disk.
+imatrix with the factory, then makes the same quants with llama-quantize, with the fan-out on ggml's quantisers and with
+the fan-out on the kernels, alternating so that a noisy machine hits all alike. Prints a table as it goes and one JSON
+line last. Loop time is llama-quantize's alone; fan-out time is all of it: planning by dry-runs, headers, worker start,
+quantising, flushing to the disk. The kernels' speed, type by type, comes before (bench_kernels.py).
 """
 
 import argparse
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_gguf import factory, fanout, gguf_io, llama_cpp, plan, quantize, recipes, tasks
+from gemma_gguf import factory, fanout, gguf_io, kernel_check, llama_cpp, plan, quantize, recipes, tasks
 from gemma_gguf.files import sha256_bytes, sha256_json, write_atomic
+from gemma_gguf.libggml import Kernels
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.session import Options
-from tests import checkpoints
+from tests import bench_kernels, checkpoints
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ class Bench:
     loop: dict[str, Spent] = field(default_factory=dict)
     figures: fanout.Figures = field(default_factory=fanout.Figures)
     peak_anonymous: int = 0
-    speeds: dict[str, float] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)  # of ggml
+    kernels: Kernels | None = None
+    kernel_speeds: dict[str, float] = field(default_factory=dict)
 
     @property
     def set_dir(self) -> Path:
@@ -208,11 +212,13 @@ class Bench:
             )
             for name in names
         ]
-        missing = sorted(set(plan.work_of(plans).distinct) - set(self.speeds))
-        if missing:
-            with fanout.local_executor(1, self.directory) as pool:
-                self.speeds |= pool.submit(tasks.measure_speeds, str(self.build.bin_dir), missing, 0.5).result()
-            tasks.clear_slots(self.directory)
+        for speeds, kernels in ((self.speeds, None), (self.kernel_speeds, self.kernels)):
+            missing = sorted(set(plan.work_of(plans).distinct) - set(speeds))
+            if missing:
+                with fanout.local_executor(1, self.directory) as pool:
+                    bin_dir = str(self.build.bin_dir)
+                    speeds.update(pool.submit(tasks.measure_speeds, bin_dir, missing, 0.5, kernels).result())
+                tasks.clear_slots(self.directory)
         return plans
 
     def run_loop(self, names: Sequence[str]) -> None:
@@ -234,8 +240,9 @@ class Bench:
             out.unlink()
             say(f"  llama-quantize {name:<8} {spent.wall:7.1f} s wall {spent.cpu:7.1f} s CPU")
 
-    def run_fanout(self, names: Sequence[str], jobs: int) -> Spent:
+    def run_fanout(self, names: Sequence[str], jobs: int, *, with_kernels: bool = False) -> Spent:
         """The fan-out engine over some recipes; outputs are hashed and removed."""
+        kernels, speeds = (self.kernels, self.kernel_speeds) if with_kernels else (None, self.speeds)
         spent, watch = Spent(), AnonymousPeak()
         watch.start()
         job_dir = self.directory / "fanout"
@@ -255,7 +262,8 @@ class Bench:
                 imatrix=self.imatrix,
                 bin_dir=self.build.bin_dir,
                 inputs=sha256_json([names, jobs, time.time_ns()]),
-                phase_of=plan.phases(plans, self.speeds),
+                phase_of=plan.phases(plans, speeds),
+                kernels=kernels,
             )
             path, done, skip = fanout.prepare(job, job_dir, outputs)
             self.figures = fanout.run(
@@ -264,14 +272,15 @@ class Bench:
                 skip,
                 executor=lambda: fanout.local_executor(jobs, job_dir),
                 jobs=jobs,
-                costs=fanout.task_costs(job, self.speeds),
+                costs=fanout.task_costs(job, speeds),
                 on_output=lambda _: None,
             )
         self.peak_anonymous = max(self.peak_anonymous, watch.end())
         for output in outputs:
             spent.sha256[output.recipe] = sha256_bytes(output.partial.read_bytes())
             output.partial.unlink()
-        say(f"  fan-out of {len(names)}, {jobs} workers: {spent.wall:.1f} s wall {spent.cpu:.1f} s CPU")
+        what = "fan-out with kernels" if with_kernels else "fan-out"
+        say(f"  {what} of {len(names)}, {jobs} workers: {spent.wall:.1f} s wall {spent.cpu:.1f} s CPU")
         return spent
 
     def loop_total(self, names: Sequence[str]) -> Spent:
@@ -298,12 +307,51 @@ def prepare(scale: str, directory: Path, jobs: int) -> Bench:
         write_checkpoint(checkpoint, SHAPES[scale])
     options = Options(str(checkpoint), name="bench/model", out=directory / "out", chunks=4, until="imatrix")
     factory.run(options, say=lambda done: say(f"  {done.stage} {done.name}: {done.seconds:.0f} s"))
-    log = RunLog(directory / "bench.log")
-    return Bench(llama_cpp.build(), directory, log, jobs)
+    log, build = RunLog(directory / "bench.log"), llama_cpp.build()
+    checked = kernel_check.ready(build, "auto", jobs=jobs, log=log)
+    say(f"  kernels: {checked.facts.model_dump()}")
+    return Bench(build, directory, log, jobs, kernels=checked.kernels)
+
+
+def compare_kernels(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], Spent]:
+    """The fan-out with kernels over `names`: what of it is not quantising, and its bytes."""
+    spent = bench.run_fanout(names, bench.jobs, with_kernels=True)
+    figures = bench.figures
+    work = plan.work_of(bench.plans(names))
+    predicted = work.seconds(bench.speeds)[0] / work.seconds(bench.kernel_speeds)[1]
+    return {
+        "kernels_wall": round(spent.wall, 1),
+        "kernels_cpu": round(spent.cpu, 1),
+        "kernels_ratio_predicted": round(predicted, 2),
+        "kernels_share_of_cpu_in_quantize": round(figures.quantize_seconds / spent.cpu, 4),
+        "kernels_task_cpu": round(figures.cpu_seconds, 1),
+        "kernels_write_megabytes_per_second": round(figures.written_bytes / spent.wall / 1e6, 1),
+    }, spent
+
+
+def only_kernels(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
+    """The loop and the fan-out with kernels over `names`: the fan-out once before, once after the loop."""
+    bench.plans(names)  # measures the speeds before anything is timed
+    _, before = compare_kernels(bench, names)
+    bench.run_loop(names)
+    result, after = compare_kernels(bench, names)
+    loop = bench.loop_total(names)
+    return {
+        "recipes": len(names),
+        "workers": bench.jobs,
+        "loop_wall": round(loop.wall, 1),
+        "loop_cpu": round(loop.cpu, 1),
+        **result,
+        "kernels_wall_before": round(before.wall, 1),
+        "kernels_cpu_before": round(before.cpu, 1),
+        "kernels_ratio": round(2 * loop.wall / (before.wall + after.wall), 2),
+        "kernels_ratio_cpu": round(2 * loop.cpu / (before.cpu + after.cpu), 2),
+        "identical": before.sha256 == after.sha256 == loop.sha256,
+    }
 
 
 def compare(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
-    """Both engines over `names` and over the K-quants alone, alternating."""
+    """Both engines over `names` and over the K-quants alone, alternating; then the fan-out with kernels."""
     rest = [name for name in names if name not in K_QUANTS]
     bench.plans(names)  # measures the speeds before anything is timed
     steps: list[Callable[[], object]] = []
@@ -317,7 +365,9 @@ def compare(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
     steps.append(lambda: bench.run_loop(rest[len(rest) // 2 :]))
     for step in steps:
         step()
-    figures, everything, k_quants = bench.figures, bench.loop_total(names), bench.loop_total(K_QUANTS)
+    figures = bench.figures
+    with_kernels, runs["kernels"] = compare_kernels(bench, names)
+    everything, k_quants = bench.loop_total(names), bench.loop_total(K_QUANTS)
     early = next(((share, at) for share, at in figures.history if share >= 0.05), (1.0, figures.wall_seconds))
     identical = all(run.sha256[name] == everything.sha256[name] for run in runs.values() for name in run.sha256)
     return {
@@ -341,6 +391,9 @@ def compare(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
         "peak_anonymous_bytes": bench.peak_anonymous,
         "eta_error_at_5_percent": round(early[1] / early[0] / figures.wall_seconds - 1, 3),
         "identical": identical,
+        **with_kernels,
+        "kernels_ratio": round(everything.wall / runs["kernels"].wall, 2),
+        "kernels_ratio_cpu": round(everything.cpu / runs["kernels"].cpu, 2),
         "speeds_million_per_second": {name: round(speed / 1e6, 2) for name, speed in sorted(bench.speeds.items())},
     }
 
@@ -350,7 +403,19 @@ def main() -> None:
     parser.add_argument("--scale", choices=["full", "small"], default="full")
     parser.add_argument("--dir", type=Path, default=Path("out/.bench"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--kernels-only", action="store_true", help="only the loop and the fan-out with kernels")
+    parser.add_argument("--types-only", action="store_true", help="only the kernels' speed, type by type")
+    parser.add_argument("--prototype", type=Path, help="directory of the kernels' prototype, to compare with")
     given = parser.parse_args()
+    say("kernels, million elements per CPU second")
+    types = bench_kernels.measure(llama_cpp.build(), llama_cpp.build_kernels().library, given.prototype, say)
+    if given.types_only:
+        print(json.dumps({"kernels": types}))
+        return
+    if given.kernels_only:
+        result = only_kernels(prepare(given.scale, given.dir / given.scale, given.jobs), OF[given.scale])
+        print(json.dumps({"scale": given.scale, "kernels": types, **result}))
+        return
     tiny = prepare("tiny", given.dir / "tiny", given.jobs)
     tiny.plans(K_QUANTS)
     tiny.run_loop(K_QUANTS)
@@ -358,7 +423,7 @@ def main() -> None:
     result = compare(prepare(given.scale, given.dir / given.scale, given.jobs), OF[given.scale])
     result["tiny_tensors_ratio"] = round(tiny.loop_total(K_QUANTS).wall / many_small.wall, 3)
     result["identical"] = result["identical"] and many_small.sha256 == tiny.loop_total(K_QUANTS).sha256
-    print(json.dumps({"scale": given.scale, **result}))
+    print(json.dumps({"scale": given.scale, "kernels": types, **result}))
 
 
 if __name__ == "__main__":

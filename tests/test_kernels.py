@@ -282,7 +282,7 @@ SLIPS = [
 
 
 @pytest.fixture(scope="module")
-def broken(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelBuild]:
+def broken(build: Build, tmp_path_factory: pytest.TempPathFactory) -> KernelBuild:
     """The kernels with all slips in them, compiled in a cache of their own."""
     assert build.key
     directory = tmp_path_factory.mktemp("broken")
@@ -292,7 +292,7 @@ def broken(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Iterator[K
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama_cpp, "KERNEL_SOURCE", copy)
         patch.setenv("GEMMA_GGUF_CACHE", str(directory))
-        yield llama_cpp.build_kernels()
+        return llama_cpp.build_kernels()
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in SLIPS])
