@@ -27,6 +27,8 @@ constexpr int32_t OFF_GRID = 1 << 16;   // the levels were not on the grid and h
 constexpr int32_t UNCERTAIN = 1 << 17;  // see Quantizer::round_to_levels
 constexpr int32_t CODE = 0xffff;
 
+alignas(64) constexpr int32_t ALL_LANE_NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // ---- One search: the eight lanes of a side.
 
 template <class T> using PerSide = const T * const (&)[SIDE];
@@ -60,6 +62,9 @@ GEMMA_INLINE i32 lane_numbers() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6,
 GEMMA_INLINE f32 eight_magnitudes() {
     return {_mm512_setr_ps(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15)};
 }
+GEMMA_INLINE i32 gather(const void * words, i32 index) { return {_mm512_i32gather_epi32(index.v, words, 4)}; }
+// The lanes of m, moved to the front; what follows them is undefined.
+GEMMA_INLINE i32 compress(mask m, i32 a) { return {_mm512_maskz_compress_epi32(m.v, a.v)}; }
 
 #else
 
@@ -78,6 +83,14 @@ GEMMA_INLINE f32 interleave_low(f32 a, f32 b) { return {_mm256_unpacklo_ps(a.v, 
 GEMMA_INLINE f32 interleave_high(f32 a, f32 b) { return {_mm256_unpackhi_ps(a.v, b.v)}; }
 GEMMA_INLINE i32 lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 GEMMA_INLINE f32 eight_magnitudes() { return {_mm256_setr_ps(1, 3, 5, 7, 9, 11, 13, 15)}; }
+GEMMA_INLINE i32 gather(const void * words, i32 index) {
+    return {_mm256_i32gather_epi32(static_cast<const int *>(words), index.v, 4)};
+}
+GEMMA_INLINE i32 compress(mask m, i32 a) {
+    const uint64_t bytes = _pdep_u64(lanes_of(m), 0x0101010101010101u) * 0xff;  // 0xff for every lane of m
+    const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
+    return {_mm256_permutevar8x32_epi32(a.v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes))))};
+}
 
 #endif
 
@@ -88,6 +101,8 @@ struct Group {
     const float * scale[SIDE];
 };
 
+GEMMA_INLINE f32 term(f32 diff, f32 root) { return root * diff * diff; }
+
 // The terms of ggml's distance, `weight[i] * diff * diff` with `diff = scale * q - xval[i]`. A weight has only as many
 // different terms as there are levels: compute each once, then a grid point's terms are look-ups. distance() adds them
 // in ggml's order.
@@ -97,14 +112,10 @@ template <> class Terms<8> {  // three levels; at[i] holds the terms of weight i
     f32 at[8];
 
   public:
-    GEMMA_INLINE f32 of_level(float magnitude, f32 scale, f32 x, f32 root) {
-        const f32 diff = scale * splat(magnitude) - x;
-        return root * diff * diff;
-    }
-
     __attribute__((always_inline)) explicit Terms(const Group & group) {
         const f32 x = load_eights(group.magnitude), root = load_eights(group.root), scale = spread(group.scale);
-        const f32 t0 = of_level(1, scale, x, root), t1 = of_level(3, scale, x, root), t2 = of_level(5, scale, x, root);
+        const f32 t0 = term(scale - x, root), t1 = term(scale * splat(3.0f) - x, root);
+        const f32 t2 = term(scale * splat(5.0f) - x, root);
         // Transpose: from weights in lanes to the levels of one weight in lanes; the fourth entry is never used.
         const f32 a = interleave_low(t0, t1), b = interleave_high(t0, t1);
         const f32 c = interleave_low(t2, t2), d = interleave_high(t2, t2);
@@ -135,8 +146,7 @@ template <> class Terms<4> {  // eight levels; at[i] holds the terms of weight i
                 x[side] = group.magnitude[side] + i;
                 root[side] = group.root[side] + i;
             }
-            const f32 diff = grid - spread(x);
-            at[i] = spread(root) * diff * diff;
+            at[i] = term(grid - spread(x), spread(root));
         }
     }
 
@@ -145,12 +155,6 @@ template <> class Terms<4> {  // eight levels; at[i] holds the terms of weight i
         sum = sum + pick_of_8(at[2], shift_right<6>(code));
         return sum + pick_of_8(at[3], shift_right<9>(code));
     }
-};
-
-// A search to be done: n_eights eights of candidates from grid.points[list] on, for the group `at` (k * LANES + lane).
-struct Search {
-    uint32_t list;
-    uint16_t n_eights, at;
 };
 
 // iq2_find_best_neighbour and iq3_find_best_neighbour: found[side] becomes the code of the nearest of the points in
@@ -238,7 +242,6 @@ template <class Type> class Quantizer {
     static constexpr int DIM = Type::DIM, BITS = DIM == 8 ? 2 : 3, LEVELS = DIM == 8 ? 3 : 8;
     static constexpr int LARGEST = 2 * LEVELS - 1;  // magnitude of the last level
     static constexpr int BLOCK = Type::BLOCK, GROUPS = Result<Type>::GROUPS, CODES = GROUPS * LANES;
-    static constexpr int SORTED = 5;  // searches are sorted by length: on grid, 1, 2, 3, more eights
 
     const Grid & grid;
     Result<Type> result;
@@ -339,33 +342,38 @@ template <class Type> class Quantizer {
     }
 
     // Replaces levels off the grid in `code`: groups k of the lanes in wanted[k].
-    void put_on_grid(const unsigned (&wanted)[GROUPS]) {
-        Search sorted[SORTED][CODES + SIDE];
-        // How many of each length, 12 bits each: an array would make every search wait for the store of the one before.
-        uint64_t counts = 0;
-        const auto count = [&](int length) { return static_cast<int>(counts >> 12 * length & 0xfff); };
+    //
+    // A search is a word: place of its list (16 bits), length of its list in eights (8), place of its group in `code`
+    // (8). They are sorted by length, so that the loop over a list is unrolled, or at least its end is predictable.
+    void put_on_grid(const mask (&wanted)[GROUPS]) {
+        constexpr int LENGTHS = 4;  // 1, 2, 3, more
+        static_assert(CODES <= 256, "the place of a group has 8 bits");
+        alignas(64) int32_t sorted[LENGTHS][CODES + LANES];
+        int count[LENGTHS] = {0};
+        i32 at = shift_left<24>(load(ALL_LANE_NUMBERS));
         for (int k = 0; k < GROUPS; k++) {
-            for (unsigned lanes = wanted[k]; lanes != 0; lanes &= lanes - 1) {
-                const int at = k * LANES + __builtin_ctz(lanes);
-                const Candidates & candidates = grid.candidates[code[at] & CODE];
-                Search search = {candidates.short_list(), candidates.n_short, static_cast<uint16_t>(at)};
-                if (__builtin_expect(code[at] & UNCERTAIN, 0)) {
-                    search.list = candidates.all_list();
-                    search.n_eights = candidates.n_all;
-                }
-                const int length = min_of<int>(search.n_eights, SORTED - 1);
-                sorted[length][count(length)] = search;
-                counts += uint64_t{1} << 12 * length;
+            const i32 levels = load(code + k * LANES);
+            const i32 entry = gather(grid.candidates, levels & splat(CODE));
+            const i32 n_short = shift_right<16>(entry) & splat(0xff), n_all = shift_right<24>(entry);
+            const mask full = ((levels & splat(UNCERTAIN)) == splat(UNCERTAIN)) & (n_all > n_short);
+            const i32 n_eights = select(full, n_all, n_short);
+            const i32 list = (entry & splat(0xffff)) + select(full, n_short, splat(0));  // the full one comes second
+            const i32 search = list | shift_left<16>(n_eights) | at;
+            for (int length = 1; length <= LENGTHS; length++) {
+                const mask same = length < LENGTHS ? n_eights == splat(length) : n_eights > splat(LENGTHS - 1);
+                const mask chosen = wanted[k] & same;
+                store(sorted[length - 1] + count[length - 1], compress(chosen, search));
+                count[length - 1] += __builtin_popcount(lanes_of(chosen));
             }
+            at = at + splat(LANES << 24);
         }
-        // Equal lengths in a row: the loop over a list is unrolled, or at least its end is predictable.
-        search_all<1>(sorted[1], count(1));
-        search_all<2>(sorted[2], count(2));
-        search_all<3>(sorted[3], count(3));
-        search_all<0>(sorted[4], count(4));
+        search_all<1>(sorted[0], count[0]);
+        search_all<2>(sorted[1], count[1]);
+        search_all<3>(sorted[2], count[2]);
+        search_all<0>(sorted[3], count[3]);
     }
 
-    template <int N> void search_all(Search * searches, int count) {
+    template <int N> void search_all(int32_t * searches, int count) {
         if (count == 0) return;
         for (int side = 1; side < SIDE; side++) searches[count] = searches[count - 1];  // an even number: one again
         f32 local_farthest = farthest;
@@ -375,14 +383,14 @@ template <class Type> class Quantizer {
             int n_eights[SIDE];
             int32_t * found[SIDE];
             for (int side = 0; side < SIDE; side++) {
-                const Search search = searches[j + side];
-                const int l = search.at % LANES, k = search.at / LANES;
-                list[side] = grid.points + search.list;
-                n_eights[side] = search.n_eights;
-                found[side] = code + search.at;
-                group.magnitude[side] = magnitude_rows + l * BLOCK + DIM * k;
-                group.root[side] = root_rows + l * BLOCK + DIM * k;
-                group.scale[side] = search_scale + l;
+                const uint32_t search = static_cast<uint32_t>(searches[j + side]), at = search >> 24;
+                const uint32_t first_weight = at % LANES * BLOCK + at / LANES * DIM;
+                list[side] = grid.points + EIGHT * (search & 0xffff);
+                n_eights[side] = static_cast<int>(search >> 16 & 0xff);
+                found[side] = code + at;
+                group.magnitude[side] = magnitude_rows + first_weight;
+                group.root[side] = root_rows + first_weight;
+                group.scale[side] = search_scale + at % LANES;
             }
             find_nearest<N, DIM>(group, list, n_eights, found, local_farthest);
         }
@@ -428,12 +436,11 @@ template <class Type> class Quantizer {
         mask live = Type::is_live(largest);
         f32 scale = largest / splat(static_cast<float>(LARGEST)), best = splat(0.0f);
         Type::prepare(magnitude, weight, scale, largest, live);
-        const unsigned live_lanes = lanes_of(live);
 
         int32_t * best_code = result.code + ib * CODES;
         for (int k = 0; k < GROUPS; k++) store(best_code + k * LANES, splat(Type::STARTS_OFF_GRID ? OFF_GRID : 0));
-        unsigned wanted[GROUPS];
-        for (int k = 0; k < GROUPS; k++) wanted[k] = live_lanes;
+        mask wanted[GROUPS];
+        for (int k = 0; k < GROUPS; k++) wanted[k] = live;
         for (int step = -Type::STEPS; step <= Type::STEPS; step++) {
             const f32 inverse = splat(LARGEST + static_cast<float>(step) * Type::STEP) / largest;
             round_to_levels(inverse, splat(1.0f) / inverse);
@@ -455,7 +462,7 @@ template <class Type> class Quantizer {
         }
         scale = select(negative, -scale, scale);
         failed = failed | (live & ~(scale >= splat(0.0f)));
-        result.live[ib] = live_lanes;
+        result.live[ib] = lanes_of(live);
         store(result.scale + ib * LANES, select(live, scale, splat(0.0f)));
     }
 
@@ -469,12 +476,9 @@ template <class Type> class Quantizer {
 
         round_to_levels(splat(1.0f) / scale, scale);
         mask redo[GROUPS];
-        unsigned wanted[GROUPS];
-        for (int k = 0; k < GROUPS; k++) {
+        for (int k = 0; k < GROUPS; k++)
             redo[k] = Type::REFINES_ALL_GROUPS ? needed : needed & off_grid(load(best_code + k * LANES));
-            wanted[k] = lanes_of(redo[k]);
-        }
-        put_on_grid(wanted);
+        put_on_grid(redo);
         for (int k = 0; k < GROUPS; k++)
             store(best_code + k * LANES, select(redo[k], load(code + k * LANES), load(best_code + k * LANES)));
         const Fit sum = fit(best_code);

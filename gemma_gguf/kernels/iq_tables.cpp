@@ -124,8 +124,8 @@ const Grid * build_grid(GridName name) {
         if (!possible) continue;
         const std::vector<int> all = candidates_of(grid, levels, code), kept = without_dominated(grid, code, all);
         Candidates & entry = tables.candidates[code];
-        entry = {static_cast<uint32_t>(tables.points.size()), static_cast<uint16_t>(eights(kept)),
-                 static_cast<uint16_t>(eights(all))};
+        entry = {static_cast<uint16_t>(tables.points.size() / EIGHT), static_cast<uint8_t>(eights(kept)),
+                 static_cast<uint8_t>(eights(all))};
         if (entry.n_short < entry.n_all) append(grid, kept, tables.points);
         append(grid, all, tables.points);
     }

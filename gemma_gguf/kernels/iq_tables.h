@@ -14,15 +14,15 @@ namespace gemma {
 // Candidates are stored and searched in eights.
 constexpr int EIGHT = 8;
 
-// The candidates of one code, in ggml's order: by distance, then by grid index. All of them lie at `points + at`, in
-// `n_all` eights filled up with repetitions of the last one. Where leaving out dominated candidates (see iq_tables.cpp)
-// saves an eight or more, `n_short < n_all` and the short list precedes the long one. A code on the grid has no list.
+// The candidates of one code, in ggml's order: by distance, then by grid index. Their codes are `points[EIGHT * at]`
+// and on, n_all eights filled up with repetitions of the last one. Where leaving out dominated candidates (see
+// iq_tables.cpp) saves an eight or more, n_short < n_all, and the n_short eights of the short list come first, followed
+// by the n_all of the full one. A code on the grid has no candidates. The kernels gather these as 32-bit words.
 struct Candidates {
-    uint32_t at;
-    uint16_t n_short, n_all;  // in eights
-    uint32_t short_list() const { return at; }
-    uint32_t all_list() const { return n_short < n_all ? at + EIGHT * n_short : at; }
+    uint16_t at;
+    uint8_t n_short, n_all;
 };
+static_assert(sizeof(Candidates) == sizeof(int32_t), "gathered as words");
 
 struct Grid {
     const int16_t * index;          // by code: number of the point in the file format, -1 off the grid
