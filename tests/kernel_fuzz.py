@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemma_gguf import kernel_check, llama_cpp
+from gemma_gguf import gguf_io, kernel_check, llama_cpp
 from gemma_gguf.kernel_check import Floats
 from gemma_gguf.libggml import KERNEL_TYPES, Ggml, KernelLibrary
 
@@ -109,7 +109,7 @@ def case(seed: int, kind: GGMLQuantizationType) -> tuple[Floats, Floats | None]:
     """The matrix and imatrix row of a number; every row length from one block up comes up."""
     rng = np.random.default_rng(seed)
     block = GGML_QUANT_SIZES[kind][0]
-    n_rows = int(rng.choice([1, 2, 3, 7, 15, 16, 17, 40]))
+    n_rows = int(rng.choice([1, 2, 3, 7, 15, 16, 17, 40])) * (1 if block == 256 else int(rng.choice([1, 4, 9])))
     n_blocks = int(rng.integers(1, 2 * 8)) if rng.random() < 0.8 else int(rng.integers(1, 41))
     columns = -(-block * n_blocks // 256) * 256  # what every per-block distribution divides
     values = kernel_check.edge_rows(rng, columns) if rng.random() < 0.05 else matrix(rng, n_rows, columns)
@@ -139,26 +139,73 @@ def fuzz(
                 continue
             if show:
                 print(seed, name, rows.shape, weights is not None, file=sys.stderr, flush=True)
-            size = len(rows) * ggml.row_size(kind, rows.shape[1])
-            theirs = np.full(size + 1, CANARY, np.uint8)[1:]
-            ggml.reference(rows, kind, weights, theirs)
-            for isa in isas:
-                assert loaded.force_isa(isa), isa
-                buffer = np.full(size + 1 + GUARD, CANARY, np.uint8)
-                ours = buffer[1 : size + 1]
-                if not loaded.quantize(rows, kind, weights, ours):
-                    tally.left[name, isa] += 1
-                    continue
-                tally.runs[name, isa] += 1
-                tally.elements[name, isa] += rows.size
-                differing = int((ours != theirs).sum()) + int((buffer[size + 1 :] != CANARY).sum())
-                if differing or buffer[0] != CANARY:
-                    tally.differing[name, isa] += max(differing, 1)
-                    first = int(np.argmax(ours != theirs))
-                    tally.found.append(
-                        f"case {seed} {name} {isa} {rows.shape} imatrix {weights is not None}: {differing} bytes, "
-                        f"first at {first} of {size}"
-                    )
+            tally.add(compare(f"case {seed}", ggml, loaded, kind, rows=rows, weights=weights, isas=isas))
+    return tally
+
+
+def compare(
+    what: str,
+    ggml: Ggml,
+    library: KernelLibrary,
+    kind: GGMLQuantizationType,
+    *,
+    rows: Floats,
+    weights: Floats | None,
+    isas: Sequence[str],
+) -> Tally:
+    """One matrix by ggml and by the kernels; outputs lie at odd addresses between guards."""
+    name, tally = kind.name, Tally()
+    size = len(rows) * ggml.row_size(kind, rows.shape[1])
+    theirs = np.full(size + 1, CANARY, np.uint8)[1:]
+    ggml.reference(rows, kind, weights, theirs)
+    for isa in isas:
+        assert library.force_isa(isa), isa
+        buffer = np.full(size + 1 + GUARD, CANARY, np.uint8)
+        ours = buffer[1 : size + 1]
+        if not library.quantize(rows, kind, weights, ours):
+            tally.left[name, isa] += 1
+            continue
+        tally.runs[name, isa] += 1
+        tally.elements[name, isa] += rows.size
+        differing = int((ours != theirs).sum()) + int((buffer[size + 1 :] != CANARY).sum()) + (buffer[0] != CANARY)
+        if differing:
+            tally.differing[name, isa] += int(differing)
+            first = int(np.argmax(ours != theirs))
+            tally.found.append(
+                f"{what} {name} {isa} {rows.shape} imatrix {weights is not None}: {differing} bytes, "
+                f"first at {first} of {size}"
+            )
+    return tally
+
+
+def real_weights(
+    bin_dir: Path, library: Path, base: Path, imatrix: Path, *, name: str, isas: Sequence[str], elements: float
+) -> Tally:
+    """Every matrix of a base by one type, as many rows of each as make `elements` in all, with the base's imatrix.
+
+    Where a row has no whole number of super-blocks, several rows are taken as one, with their imatrix repeated.
+    """
+    ggml, loaded, tally = Ggml(bin_dir), KernelLibrary(library), Tally()
+    kind = GGMLQuantizationType[name]
+    block = GGML_QUANT_SIZES[kind][0]
+    header, sums = gguf_io.read_header(base), gguf_io.read_header(imatrix)
+    matrices = [t for t in header.tensors if len(t.shape) > 1 and t.ggml_type is GGMLQuantizationType.BF16]
+    share = min(1.0, 1.2 * elements / sum(t.n_elements for t in matrices))
+    for tensor in matrices:
+        columns = tensor.shape[0]
+        joined = block // np.gcd(block, columns)
+        n_rows = int(np.ceil(share * tensor.n_elements / columns / joined)) * joined
+        n_rows = min(n_rows, tensor.n_elements // columns // joined * joined)
+        rows = ggml.widen(header.read(tensor, 0, n_rows).reshape(n_rows, -1), tensor.ggml_type)
+        weights = None
+        if f"{tensor.name}.in_sum2" in sums.by_name:
+            total = sums.read(sums.by_name[f"{tensor.name}.in_sum2"]).view(np.float32).reshape(-1)
+            count = sums.read(sums.by_name[f"{tensor.name}.counts"]).view(np.float32)[0]
+            weights = np.tile((total / count).astype(np.float32), joined)
+        elif ggml.requires_imatrix(kind) or block == 32:  # left to ggml: with equal weights instead
+            weights = np.ones(columns * joined, np.float32)
+        rows = rows.reshape(-1, columns * joined)
+        tally.add(compare(tensor.name, ggml, loaded, kind, rows=rows, weights=weights, isas=isas))
     return tally
 
 

@@ -9,7 +9,13 @@
 //   simd.h         the SIMD vocabulary: f32, i32 and mask of LANES lanes, for AVX2 (8) and AVX-512 (16)
 //   dispatch.cpp   the C functions; chooses the instruction set by CPU; refuses what the families need not handle
 //   finite.cpp     the scan for NaN and Inf
-//   iq4.cpp iq3.cpp iq2.cpp iq_tables.cpp k_quants.cpp legacy.cpp   one file per family of types
+//   iq4.cpp        IQ4_NL, IQ4_XS
+//   iq3.cpp        IQ3_XXS, IQ3_S
+//   iq2.cpp        IQ2_XXS, IQ2_XS, IQ2_S
+//   iq_lattice.h   what IQ2 and IQ3 share; iq_tables.cpp builds their grids and neighbour lists
+//   k_quants.cpp   Q2_K ... Q6_K
+//   legacy.cpp     Q4_0, Q4_1, Q5_0, Q5_1 with an imatrix
+//   scale_search.h what K-quants and legacy types share
 //
 // Rules for a family file
 //   - It is compiled once per instruction set, with GEMMA_ISA defined as `avx2` or `avx512`. Everything in it lives in
@@ -61,28 +67,6 @@ int gemma_kernels_version(void);
 #define GEMMA_TYPES_IQ2(X) X(iq2_xxs, 16, 256, 66) X(iq2_xs, 17, 256, 74) X(iq2_s, 22, 256, 82)
 #define GEMMA_TYPES_IQ3(X) X(iq3_xxs, 18, 256, 98) X(iq3_s, 21, 256, 110)
 #define GEMMA_TYPES_IQ4(X) X(iq4_nl, 20, 32, 18) X(iq4_xs, 23, 256, 136)
-
-// While the families are being written: one that is not there yet is not in the list.
-#if !__has_include("legacy.cpp")
-#undef GEMMA_TYPES_LEGACY
-#define GEMMA_TYPES_LEGACY(X)
-#endif
-#if !__has_include("k_quants.cpp")
-#undef GEMMA_TYPES_K_QUANTS
-#define GEMMA_TYPES_K_QUANTS(X)
-#endif
-#if !__has_include("iq2.cpp")
-#undef GEMMA_TYPES_IQ2
-#define GEMMA_TYPES_IQ2(X)
-#endif
-#if !__has_include("iq3.cpp")
-#undef GEMMA_TYPES_IQ3
-#define GEMMA_TYPES_IQ3(X)
-#endif
-#if !__has_include("iq4.cpp")
-#undef GEMMA_TYPES_IQ4
-#define GEMMA_TYPES_IQ4(X)
-#endif
 
 #define GEMMA_TYPES(X) \
     GEMMA_TYPES_LEGACY(X) GEMMA_TYPES_K_QUANTS(X) GEMMA_TYPES_IQ2(X) GEMMA_TYPES_IQ3(X) GEMMA_TYPES_IQ4(X)
