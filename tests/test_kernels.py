@@ -1,6 +1,7 @@
 """The kernels: ggml's bytes for every type, row length and instruction set; what is not theirs goes to ggml."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from gemma_gguf import factory, kernel_check, llama_cpp, manifest, proof
+from gemma_gguf import factory, fanout, kernel_check, llama_cpp, manifest, proof
 from gemma_gguf.errors import VerificationError
 from gemma_gguf.kernel_check import Floats
 from gemma_gguf.libggml import KERNEL_TYPES, Ggml, KernelLibrary, Kernels
@@ -405,15 +406,18 @@ def test_kernels_on_real_weights(build: Build, made: KernelBuild, isas: list[str
     (base,) = (tmp_path / "out" / ".work").glob("*/*-bf16.gguf")
     (imatrix,) = report.set_dir.glob("*-imatrix.gguf")
     with fanout.local_executor(os.cpu_count() or 1, tmp_path) as pool:
-        found = pool.map(
-            kernel_fuzz.real_weights,
-            *zip(
-                *((build.bin_dir, made.library, base, imatrix, kind.name, isas) for kind in KERNEL_TYPES), strict=True
-            ),
-        )
+        found = [
+            pool.submit(
+                *(kernel_fuzz.real_weights, build.bin_dir, made.library, base, imatrix),
+                name=kind.name,
+                isas=isas,
+                elements=20e6,
+            )
+            for kind in KERNEL_TYPES
+        ]
         tally = kernel_fuzz.Tally()
         for part in found:
-            tally.add(part)
+            tally.add(part.result())
     print("\nkernels on real weights:", *tally.lines(), sep="\n")
     assert tally.found == []
     assert min(tally.elements[kind.name, isa] for kind in KERNEL_TYPES for isa in isas) >= 20e6
