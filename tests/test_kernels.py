@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -406,15 +407,8 @@ def test_kernels_on_real_weights(build: Build, made: KernelBuild, isas: list[str
     (base,) = (tmp_path / "out" / ".work").glob("*/*-bf16.gguf")
     (imatrix,) = report.set_dir.glob("*-imatrix.gguf")
     with fanout.local_executor(os.cpu_count() or 1, tmp_path) as pool:
-        found = [
-            pool.submit(
-                *(kernel_fuzz.real_weights, build.bin_dir, made.library, base, imatrix),
-                name=kind.name,
-                isas=isas,
-                elements=20e6,
-            )
-            for kind in KERNEL_TYPES
-        ]
+        one = partial(kernel_fuzz.real_weights, build.bin_dir, made.library, base, imatrix, isas=isas, elements=20e6)
+        found = [pool.submit(one, name=kind.name) for kind in KERNEL_TYPES]
         tally = kernel_fuzz.Tally()
         for part in found:
             tally.add(part.result())
