@@ -74,8 +74,8 @@ f32 unsigned_scale(const float * x, const float * weight) {
 }
 
 struct Iq2 {
-    static constexpr int DIM = 8;        // weights of a group
-    static constexpr float STEP = 0.1f;  // scales tried: (5 + step * STEP) / largest, |step| <= STEPS
+    static constexpr int DIM = 8;
+    static constexpr float STEP = 0.1f;
     static constexpr bool STARTS_OFF_GRID = false;
     static f32 weight_without_imatrix(f32, f32 x2) { return x2; }  // not reached by XXS and XS
     static mask is_live(f32 largest) { return not_less(largest, splat(TOO_SMALL)); }

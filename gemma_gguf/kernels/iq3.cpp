@@ -9,10 +9,8 @@ namespace gemma::GEMMA_ISA {
 namespace {
 
 struct Iq3 {
-    static constexpr int DIM = 4;     // weights of a group
-    static constexpr int BLOCK = 32;  // weights that share a scale
-    static constexpr float SIGMA = 2;
-    static constexpr float STEP = 0.2f;  // scales tried: (15 + step * STEP) / largest, |step| <= STEPS
+    static constexpr int DIM = 4, BLOCK = 32;
+    static constexpr float SIGMA = 2, STEP = 0.2f;
     static constexpr bool REFINES_ALL_BLOCKS = false;
     static f32 weight_without_imatrix(f32, f32 x2) { return x2; }
     static void prepare(const float *, const float *, f32 &, f32 &, mask &) {}

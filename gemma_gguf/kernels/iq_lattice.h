@@ -201,7 +201,18 @@ GEMMA_INLINE void find_nearest(const Group & group, PerSide<uint16_t> list, cons
     }
 }
 
-// ---- One type. `Type` is a struct of constants and functions; see Iq3S in iq3.cpp for what each means.
+// ---- One type. `Type` is a struct that says in what it differs:
+//
+//   DIM, BLOCK, BYTES          weights of a group and of a block that shares a scale; bytes of a super-block
+//   SIGMA                      sigma2 is SIGMA times the mean square of the super-block
+//   STEP, STEPS                scales tried: (LARGEST + step * STEP) / largest for |step| <= STEPS
+//   EVEN_SIGNS                 7 signs of 8 are stored, the number of negative ones has to be even
+//   STARTS_OFF_GRID            ggml's is_on_grid before the first step is false
+//   REFINES_ALL_BLOCKS         the last step is made even if every group of the block is on the grid
+//   REFINES_ALL_GROUPS         ... and for groups that are on the grid too
+//   is_live(largest)           lanes whose block ggml does not skip as zero
+//   weight_without_imatrix(sigma2, x2), prepare(magnitude, weight, scale, largest, live), which may change the last three
+//   write(grid, result, l, y)  lane l's super-block in ggml's layout
 
 // The finished super-blocks of a group of lanes, as Type::write gets them. Element [n * LANES + l] belongs to lane l.
 template <class Type> struct Result {
