@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gemma_gguf import calibration, card, manifest
+from gemma_gguf.files import sha256_tree
+from gemma_gguf.llama_cpp import KERNEL_SOURCE
 from tests.examples import example
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,13 @@ def test_wheel_holds_the_calibration_text(installed: Path, tmp_path: Path) -> No
         [sys.executable, "-c", show], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
     )
     assert printed.stdout.split() == [calibration.load("default", tmp_path).sha256, calibration.held_out().sha256]
+
+
+def test_wheel_holds_the_kernels_as_source(installed: Path) -> None:
+    shipped = sorted(path.name for path in (installed / "gemma_gguf" / "kernels").iterdir())
+    assert shipped == sorted(path.name for path in KERNEL_SOURCE.iterdir())
+    assert {"CMakeLists.txt", "kernels.h", "dispatch.cpp"} <= set(shipped)
+    assert sha256_tree(installed / "gemma_gguf" / "kernels") == sha256_tree(KERNEL_SOURCE)
 
 
 def test_wheel_holds_no_tests_and_no_compiled_files(installed: Path) -> None:
