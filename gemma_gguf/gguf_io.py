@@ -101,6 +101,16 @@ class Header:
     def by_name(self) -> dict[str, TensorInfo]:
         return {tensor.name: tensor for tensor in self.tensors}
 
+    @cached_property
+    def written_again(self) -> dict[str, bytes]:
+        """{key: its bytes as ggml writes them}. Kept: of a large vocabulary they take a second, and a set needs them
+        once per file."""
+        with _Bytes(self.path) as data:
+            return {
+                key.name: _packed(key.name) + struct.pack("<I", key.type) + data.value_bytes(key)
+                for key in self.keys.values()
+            }
+
     @property
     def n_elements(self) -> int:
         return sum(tensor.n_elements for tensor in self.tensors)
@@ -394,9 +404,8 @@ def derived_header(
     gone = {*removed, *(name for name, _ in values)}
     kept = [key for key in base.keys.values() if key.name not in gone]
     out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(tensors), len(kept) + len(values)))
-    with _Bytes(base.path) as data:
-        for key in kept:
-            out += _packed(key.name) + struct.pack("<I", key.type) + data.value_bytes(key)
+    for key in kept:
+        out += base.written_again[key.name]
     for name, value in values:
         if isinstance(value, int):
             out += _packed(name) + struct.pack("<II", GGUFValueType.UINT32, value)
