@@ -176,20 +176,23 @@ def cases(kind: GGMLQuantizationType) -> Iterator[tuple[str, Floats, Floats | No
     yield "ordinary weights, no imatrix", ordinary, None
     yield "ordinary weights, an imatrix of ones", ordinary[:61], np.ones(COLUMNS, np.float32)
     yield "edge cases", edge, weights
-    yield "edge cases, no imatrix", that_ggml_survives(edge, kind), None
+    yield "edge cases, no imatrix", that_ggml_survives(edge, kind, with_imatrix=False), None
     yield "edge cases, zeros in the imatrix", edge, zeros
     yield "edge cases, extreme imatrix", edge, extreme
 
 
-def that_ggml_survives(rows: Floats, kind: GGMLQuantizationType) -> Floats:
-    """Rows that ggml can quantise without an imatrix: for IQ2 and IQ3 their fourth powers must be representable.
+def that_ggml_survives(rows: Floats, kind: GGMLQuantizationType, *, with_imatrix: bool) -> Floats:
+    """Rows that ggml can quantise: for IQ2 and IQ3 their squares, without an imatrix their fourth powers, must be
+    representable.
 
-    It weights by the square there; where the sums overflow or vanish no grid point is nearest, and it aborts.
+    It weights by the magnitude, or by the square; where the sums overflow or vanish no grid point is nearest, and it
+    aborts.
     """
     if not kind.name.startswith(("IQ2", "IQ3")):
         return rows
     magnitude = np.abs(rows)
-    kept: Floats = rows[((magnitude == 0) | ((magnitude > 1e-8) & (magnitude < 1e8))).all(axis=1)]
+    lowest, highest = (0.0, 1e16) if with_imatrix else (1e-8, 1e8)
+    kept: Floats = rows[((magnitude == 0) | ((magnitude > lowest) & (magnitude < highest))).all(axis=1)]
     return kept
 
 
