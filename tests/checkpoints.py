@@ -136,8 +136,8 @@ def _write_tokenizer(directory: Path) -> int:
     return len(pieces)
 
 
-def write_tokenizer_files(directory: Path, model: bytes) -> None:
-    """tokenizer.model and the configuration that lists its special tokens."""
+def write_tokenizer_files(directory: Path, model: bytes, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """tokenizer.model and the configuration that lists its special tokens; a base model has no chat template."""
     (directory / "tokenizer.model").write_bytes(model)
     added = {str(i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
     config = {
@@ -148,8 +148,9 @@ def write_tokenizer_files(directory: Path, model: bytes) -> None:
         "unk_token": "<unk>",
         "pad_token": "<pad>",
         "added_tokens_decoder": added,
-        "chat_template": CHAT_TEMPLATE,
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,17 @@ def unspaced_characters(text: str) -> list[str]:
     return re.findall("[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", text)
 
 
+def windows(row: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    """Every sequence of `length` units that stand in a row."""
+    return zip(*(row[start:] for start in range(length)), strict=False)
+
+
 def repeats(texts: Mapping[str, str], units: Callable[[str], list[str]], length: int) -> list[str]:
     """Every sequence of `length` units that stands twice in the texts together, with both places."""
     seen: dict[tuple[str, ...], str] = {}
     found = []
     for name, text in texts.items():
-        row = units(text)
-        for window in zip(*(row[start:] for start in range(length)), strict=False):
+        for window in windows(units(text), length):
             if window in seen:
                 found.append(f"{seen[window]} and {name}: {' '.join(window)}")
             seen[window] = name
