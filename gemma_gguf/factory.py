@@ -252,9 +252,7 @@ def _imatrix(state: Run) -> None:
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
     key = sha256_json([*identity, options.reference] if options.reference else identity)
     if (why := stage_is_done(state, "imatrix", key)) is not None:
-        if state.manifest.imatrix is not None and not state.manifest.imatrix.coverage:  # made before it was recorded
-            complete = state.manifest.imatrix.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
-            state.record(state.manifest.model_copy(update={"imatrix": complete}))
+        _add_coverage(state, final)
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
         return
     why = why_again(state, "imatrix", key)
@@ -349,7 +347,17 @@ def _given_imatrix(
         made = replace(made, datasets=tuple(datasets))
         replace_durably(partial, final)
         _record_imatrix(state, final, made, key=key, argv=[], seconds=0.0, text=None)
+    else:
+        _add_coverage(state, final)
     state.did(Done("imatrix", final.name, False, "given with --imatrix", 0.0, final.stat().st_size))
+
+
+def _add_coverage(state: Run, final: Path) -> None:
+    """What an imatrix saw, into a manifest of a version that did not record it."""
+    facts = state.manifest.imatrix
+    if facts is not None and not facts.coverage:
+        complete = facts.model_copy(update={"coverage": imatrix.coverage(imatrix.read(final))})
+        state.record(state.manifest.model_copy(update={"imatrix": complete}))
 
 
 def _record_imatrix(

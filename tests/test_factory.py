@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_gguf import card, factory, gguf_io, imatrix, manifest, planning, proof, recipes
+from gemma_gguf import card, factory, gguf_io, imatrix, manifest, memory, planning, proof, recipes
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.session import Options, Report
+from tests import sparse_models
 
 STEM = "test_tiny-vision"
 
@@ -37,17 +38,22 @@ def again(finished: Report, set_options: Options, tmp_path: Path) -> Options:
 def test_set_holds_exactly_what_the_hub_repo_will(finished: Report) -> None:
     expected = {f"{STEM}-{name}.gguf" for name in recipes.DEFAULT_NAMES}
     expected |= {f"mmproj-{STEM}-{kind}.gguf" for kind in ("f16", "bf16", "f32")}
-    expected |= {f"{STEM}-imatrix.gguf", "README.md", "quantset.json"}
+    expected |= {f"{STEM}-imatrix.gguf", "README.md", "quantset.json", "assets"}
     assert {path.name for path in finished.set_dir.iterdir()} == expected
     assert len(recipes.DEFAULT_NAMES) == 27
+    drawn = manifest.load(finished.set_dir).pictures
+    assert {path.name for path in (finished.set_dir / "assets").iterdir()} == {
+        f"{name}.{kind}" for name in drawn for kind in ("svg", "png")
+    }
+    assert "coverage" in drawn
 
 
 def test_manifest_tells_the_truth_about_every_file(finished: Report) -> None:
     facts = manifest.load(finished.set_dir)
-    memory = HashMemory(finished.set_dir / "unused", rehash=True)
+    hashes = HashMemory(finished.set_dir / "unused", rehash=True)
     for entry in facts.files:
         path = finished.set_dir / entry.name
-        assert (entry.n_bytes, entry.sha256) == (path.stat().st_size, memory.sha256(path)), entry.name
+        assert (entry.n_bytes, entry.sha256) == (path.stat().st_size, hashes.sha256(path)), entry.name
         assert entry.types == gguf_io.read_header(path).type_histogram()
         if entry.kind == "model":
             assert entry.checks is not None
@@ -218,6 +224,56 @@ def test_card_follows_the_manifest(copied: Path) -> None:
     assert factory.write_card(copied, card.Renderer())
     assert "4321 chunks" in (copied / "README.md").read_text()
     assert not factory.write_card(copied, card.Renderer())
+
+
+def test_a_run_records_what_only_the_base_knows(finished: Report) -> None:
+    """What a context takes, as llama.cpp says; prompts of the model's own template; what the imatrix saw."""
+    made = manifest.load(finished.set_dir)
+    assert made.context is not None
+    assert [said.n_ctx for said in made.context.measured] == [2048]
+    (said,) = made.context.measured
+    assert said.cache_bytes == memory.cache_bytes(made.context, 2048)
+    assert made.prompts is not None
+    # The converter names no BOS token in this model's file, so its template gets none.
+    assert {example.kind: example.text for example in made.prompts.examples} == {
+        "plain": "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+        "system": "<start_of_turn>system\n{system_prompt}<end_of_turn>\n"
+        "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+    }
+    assert made.imatrix is not None
+    n_tokens = made.imatrix.n_chunks * made.imatrix.chunk_size
+    assert {row.kind for row in made.imatrix.coverage} == {
+        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    for row in made.imatrix.coverage:
+        assert (row.layers, row.tokens_min, row.unseen) == ([0, 1, 2], [n_tokens] * 3, [0] * 3)
+        assert all(0 < value <= 1 for value in row.evenness)
+
+
+def test_templates_get_the_first_and_last_token_of_the_files_own_keys(tmp_path: Path) -> None:
+    header = gguf_io.read_header(sparse_models.write(tmp_path / "a.gguf", sparse_models.SHAPES["gemma-3-1b"]))
+    render = factory._renderer(header)
+    template = "{{ bos_token }}|{{ messages[0]['content'] }}|{{ eos_token }}"
+    assert render(template, [{"role": "user", "content": "Hi"}], None) == "<bos>|Hi|<eos>"
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["imatrix computed", "imatrix given"])
+def test_facts_that_an_older_version_did_not_record_are_added(set_options: Options, copied: Path, given: bool) -> None:
+    """A set of schema 1 is completed by the next run, without converting or measuring anything anew."""
+    options = replace(set_options, out=copied.parent, proof=False, recipes=("bf16",))
+    if given:
+        options = replace(options, imatrix=copied.rename(copied.with_name("before")) / f"{STEM}-imatrix.gguf")
+        factory.run(options)
+    whole = manifest.load(copied)
+    raw = json.loads(whole.model_dump_json())
+    raw["context"] = raw["prompts"] = None
+    raw["imatrix"]["coverage"] = []
+    del raw["stages"]["describe"]
+    (copied / "quantset.json").write_text(json.dumps(raw))
+    report = factory.run(options)
+    assert [done.name for done in report.done if done.made and done.stage != "card"] == []
+    now = manifest.load(copied)
+    assert (now.context, now.prompts, now.imatrix) == (whole.context, whole.prompts, whole.imatrix)
 
 
 # --- planning ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Memory of a context, with llama.cpp as the oracle, and the file that is chosen for it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gemma_gguf import convert, files, gguf_io, llama_cpp, memory, source
+from gemma_gguf import card, convert, files, gguf_io, llama_cpp, memory, source
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import CacheGroup, ContextMemory, FileEntry, Manifest
@@ -268,3 +269,54 @@ def test_entries_are_those_of_the_set() -> None:
     named = [cell.entry for row in chosen.rows for cell in row.cells if cell.entry]
     assert named
     assert all(isinstance(entry, FileEntry) and entry in example().files for entry in named)
+
+
+# --- on the card ---------------------------------------------------------------------------------------------------
+
+
+def _section(made: Manifest) -> str:
+    text = card.render(made)
+    return text.partition("## Which file should I choose?\n")[2].partition("\n## ")[0]
+
+
+def test_card_shows_the_table_of_the_choices() -> None:
+    """Every cell links the file that was chosen, in the order of contexts and memories."""
+    chosen = memory.choices(example())
+    assert chosen is not None
+    lines = [line for line in _section(example()).splitlines() if line.startswith("| ") and " GB |" in line]
+    assert [line.split(" |")[0] for line in lines] == [f"| {row.memory} GB" for row in chosen.rows]
+    for line, row in zip(lines, chosen.rows, strict=True):
+        assert [re.findall(r"\(\./(.*)\)", cell) for cell in line.split("|")[2:-1]] == [
+            [cell.entry.name] if cell.entry else [] for cell in row.cells
+        ]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        pytest.param(example, "The file with the lowest KL divergence of those that fit", id="measured"),
+        pytest.param(
+            lambda: example().model_copy(update={"evidence": {}}), "Quality was not measured for this set.", id="not"
+        ),
+        pytest.param(
+            lambda: example().model_copy(
+                update={"model": example().model.model_copy(update={"base_is_dequantised": True})}
+            ),
+            "was quantised before, so what was measured ranks no files.",
+            id="base on a grid",
+        ),
+    ],
+)
+def test_card_says_by_what_was_chosen(made: Callable[[], Manifest], said: str) -> None:
+    assert said in _section(made())
+
+
+def test_card_says_where_the_figures_of_a_context_are_from() -> None:
+    assert "llama.cpp itself" in _section(example())
+    estimated = example().model_copy(update={"context": context().model_copy(update={"measured": []})})
+    assert "the buffers estimated" in _section(estimated)
+    assert "llama.cpp itself" not in _section(estimated)
+
+
+def test_card_of_a_set_that_recorded_nothing_has_no_such_section() -> None:
+    assert _section(example().model_copy(update={"context": None})) == ""

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from gemma_gguf import chat, prompts
+from gemma_gguf import card, chat, prompts
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import PromptFacts
+from tests.examples import example
 
 # As Google's, shortened: Gemma 2 refuses a system prompt, Gemma 3 puts it before the user's first words, Gemma 4 has a
 # turn for it, where tools are declared, too.
@@ -166,3 +167,43 @@ def test_a_block_cannot_be_ended_from_inside(text: str, fence: str) -> None:
 def test_examples_do_not_change_with_the_day() -> None:
     text = _texts("{{ strftime_now('%d %B %Y') }} {{ messages[-1]['content'] }}")["plain"]
     assert text == "01 January 2026 {prompt}"
+
+
+# --- on the card ---------------------------------------------------------------------------------------------------
+
+
+def _section(facts: PromptFacts | None, template: str | None = "{{ a }}") -> str:
+    made = example()
+    model = made.model.model_copy(update={"chat_template": template})
+    text = card.render(made.model_copy(update={"prompts": facts, "model": model}))
+    return text.partition("## Prompt format\n")[2].partition("\n## ")[0]
+
+
+def test_card_shows_every_example_as_it_is() -> None:
+    facts = _facts(GEMMA_4)
+    section = _section(facts)
+    for example_ in facts.examples:
+        assert prompts.block(example_.text) in section
+    assert "no place" not in section
+
+
+def test_card_says_what_a_template_has_no_place_for() -> None:
+    section = _section(_facts(GEMMA_2))
+    assert "It has no place for a system prompt." in section
+    assert "It has no place for tools." in section
+
+
+def test_card_of_a_model_without_a_template_says_so() -> None:
+    assert "The original model has no chat template: it continues text." in _section(None, template=None)
+
+
+def test_card_of_an_older_set_says_that_examples_were_not_recorded() -> None:
+    assert "were not recorded" in _section(None)
+
+
+def test_card_says_why_a_template_is_not_shown() -> None:
+    facts = _facts("{{ raise_exception('<b>no</b> [x](y) ```') }}")
+    section = _section(facts)
+    assert "could not be shown here" in section
+    assert "<b>" not in section
+    assert "```" not in section
