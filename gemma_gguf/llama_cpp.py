@@ -40,6 +40,7 @@ DEFAULT_SPEC = "pypi:0.3.36"
 REPOSITORY = "https://github.com/ggml-org/llama.cpp"
 PYPI_SHA256 = {
     "0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+    "0.3.35": "1139dbb54509074b70893fab8554e3b079aa9f4d312058ce4018ef0019e3de12",
 }
 TOOLS = (
     "llama-quantize",

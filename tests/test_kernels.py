@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -50,7 +51,8 @@ def isas(library: KernelLibrary) -> list[str]:
     """The instruction sets of this CPU; tests need at least one."""
     found = [isa for isa in ISAS if library.force_isa(isa)]
     library.force_isa("auto")
-    assert found, "this CPU has no AVX2: there is nothing to test here"
+    if not found:
+        pytest.skip(f"no kernels for this CPU ({platform.machine()}): ggml quantises, and there is nothing to compare")
     return found
 
 
@@ -383,9 +385,14 @@ def test_start_up_check_and_verify_catch_a_broken_constant(
 
 
 @pytest.mark.proof
-def test_campaign_of_the_kernels(build: Build, made: KernelBuild, isas: list[str]) -> None:
-    """100 M elements of every type by every instruction set, fuzzed; SEED=2 in the environment runs other ones."""
+@pytest.mark.parametrize("release", llama_cpp.PYPI_SHA256)
+def test_campaign_of_the_kernels(release: str, made: KernelBuild, isas: list[str]) -> None:
+    """100 M elements of every type by every instruction set, fuzzed, against every pinned release of llama.cpp.
+
+    SEED=2 in the environment runs other ones.
+    """
     seed = int(os.environ.get("SEED", "1"))
+    build = llama_cpp.build(f"pypi:{release}")
     tally = kernel_fuzz.campaign(
         build.bin_dir,
         made.library,
@@ -395,7 +402,7 @@ def test_campaign_of_the_kernels(build: Build, made: KernelBuild, isas: list[str
         seed=seed,
         jobs=os.cpu_count() or 1,
     )
-    print(f"\nkernels: seed {seed}, {made.compiler}", *tally.lines(), sep="\n")
+    print(f"\nkernels: seed {seed}, {made.compiler}, {build.source}", *tally.lines(), sep="\n")
     assert tally.found == []
     assert min(tally.elements[kind.name, isa] for kind in KERNEL_TYPES for isa in isas) >= 100e6
 
