@@ -258,8 +258,8 @@ def test_children_of_a_killed_run_are_ended_by_the_next(tmp_path: Path) -> None:
         "run_tool(['sleep', '300'], log=RunLog(Path(sys.argv[1])))\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run.log")])
-    deadline = time.monotonic() + 30
-    while not (notes := list((tmp_path / "running").glob("[0-9]*"))) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not (notes := [p for p in tmp_path.glob("running/*") if p.name.isdigit()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     (note,) = notes
     os.kill(driver.pid, signal.SIGKILL)
