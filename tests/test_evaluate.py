@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +184,7 @@ def printed(name: str, log: str) -> tuple[float, float | None]:
     return float(match[1]), float(match[2]) if match[2] else None
 
 
-def output_with(last: str, argv: list[str | Path], log: RunLog) -> str:
+def output_with(last: str, argv: Sequence[str | Path], log: RunLog) -> str:
     """What a tool prints, whole: llama.cpp writes from a thread that it does not wait for when it ends
     (common/log.cpp), so that on a busy machine the end can be missing.
     """
