@@ -200,7 +200,7 @@ def test_figures_are_those_of_llama_perplexity(build: Build, finished: Report, l
     text.write_bytes(calibration.held_out().data[:6000])
     base = finished.set_dir / f"{STEM}-bf16.gguf"
     kept = tmp_path / "theirs"
-    perplexity = [str(build.tool("llama-perplexity")), "-c", "512", "-b", "512", "-t", "2"]
+    perplexity: list[str | Path] = [build.tool("llama-perplexity"), "-c", "512", "-b", "512", "-t", "2"]
     first = [*perplexity, "-m", base, "-f", text, "--chunks", "3", "--kl-divergence-base", kept]
     final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", output_with("Final estimate", first, log))
     material = evaluate.plain_material(Text("t", "t", text.read_bytes()))
