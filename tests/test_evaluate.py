@@ -200,8 +200,8 @@ def test_figures_are_those_of_llama_perplexity(build: Build, finished: Report, l
     text.write_bytes(calibration.held_out().data[:6000])
     base = finished.set_dir / f"{STEM}-bf16.gguf"
     kept = tmp_path / "theirs"
-    perplexity = [str(build.tool("llama-perplexity")), "-c", "512", "-b", "512", "-t", "2"]
-    first: list[str | Path] = [*perplexity, "-m", base, "-f", text, "--chunks", "3", "--kl-divergence-base", kept]
+    perplexity: list[str | Path] = [build.tool("llama-perplexity"), "-c", "512", "-b", "512", "-t", "2"]
+    first = [*perplexity, "-m", base, "-f", text, "--chunks", "3", "--kl-divergence-base", kept]
     final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", output_with("Final estimate", first, log))
     material = evaluate.plain_material(Text("t", "t", text.read_bytes()))
     compared = []
@@ -211,7 +211,7 @@ def test_figures_are_those_of_llama_perplexity(build: Build, finished: Report, l
         floor = measure(base)
         for recipe in ("Q4_0", "IQ2_XXS"):
             file = finished.set_dir / f"{STEM}-{recipe}.gguf"
-            argv: list[str | Path] = [*perplexity, "-m", file, "--kl-divergence-base", kept, "--kl-divergence"]
+            argv = [*perplexity, "-m", file, "--kl-divergence-base", kept, "--kl-divergence"]
             compared.append((measure(file), output_with("Same top p:", argv, log)))
     assert final
     assert floor.ppl.value == pytest.approx(float(final[1]), rel=1e-5)

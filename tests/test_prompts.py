@@ -9,6 +9,7 @@ from gemma_gguf import card, chat, prompts
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import PromptFacts
 from tests.examples import example
+from tests.test_chat import GEMMA3
 
 # As Google's, shortened: Gemma 2 refuses a system prompt, Gemma 3 puts it before the user's first words, Gemma 4 has a
 # turn for it, where tools are declared, too.
@@ -18,24 +19,6 @@ GEMMA_2 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exc
 {%- if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
 {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"""
-GEMMA_3 = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '\\n\\n' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\\n\\n' -%}
-    {%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else "") }}
-    {{- message['content'] | trim }}{{ '<end_of_turn>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
 GEMMA_4 = """{{ bos_token }}{%- set ns = namespace(first=0) -%}
 {%- if messages[0]['role'] == 'system' or tools -%}
 {{ '<|turn>system\\n' }}{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] | trim }}
@@ -73,7 +56,7 @@ def test_gemma_2_has_no_system_prompt() -> None:
 
 
 def test_gemma_3_puts_the_system_prompt_before_the_users_words() -> None:
-    assert _texts(GEMMA_3) == {
+    assert _texts(GEMMA3) == {
         "plain": "<bos><start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
         "system": "<bos><start_of_turn>user\n{system_prompt}\n\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
     }
@@ -114,7 +97,7 @@ def test_a_template_that_always_names_the_tool_has_no_tools() -> None:
 
 
 def test_digest_is_the_templates() -> None:
-    assert _facts(GEMMA_3).template_sha256 == sha256_bytes(GEMMA_3.encode())
+    assert _facts(GEMMA3).template_sha256 == sha256_bytes(GEMMA3.encode())
 
 
 @pytest.mark.parametrize(
