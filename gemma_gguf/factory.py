@@ -628,9 +628,10 @@ def _fan_out(
         progress=state.progress,
     )
     shutil.rmtree(job_dir)
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in figures.part_seconds.items())
     state.log.note(
-        f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s of which {figures.quantize_seconds:.1f} in "
-        f"the quantisers, {figures.read_bytes} bytes read, {figures.written_bytes} written"
+        f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s ({parts}), "
+        f"{figures.read_bytes} bytes read, {figures.written_bytes} written"
     )
 
 

@@ -68,7 +68,7 @@ class Figures:
     tasks: int = 0
     resumed_tasks: int = 0
     cpu_seconds: float = 0.0
-    quantize_seconds: float = 0.0
+    part_seconds: Counter[str] = field(default_factory=Counter)  # of `tasks.PARTS`
     read_bytes: int = 0
     written_bytes: int = 0
     wall_seconds: float = 0.0
@@ -589,7 +589,7 @@ class _State:
         figures = self.figures
         figures.tasks += 1
         figures.cpu_seconds += result.cpu_seconds
-        figures.quantize_seconds += result.quantize_seconds
+        figures.part_seconds.update(result.part_seconds)
         figures.read_bytes += result.read_bytes
         figures.written_bytes += result.written_bytes
         now = time.monotonic()

@@ -15,7 +15,7 @@ import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,17 +28,20 @@ from gemma_gguf import files, gguf_io
 from gemma_gguf.files import open_log, pwrite_all
 from gemma_gguf.libggml import Ggml, Kernels
 
+# What a task's CPU time goes into; `quantize` is inside ggml's functions, or the kernels'.
+PARTS = ("read", "widen", "quantize", "write")
+
 
 @dataclass(frozen=True)
 class TaskDone:
-    """Figures of one finished task: seconds of CPU in all and inside the quantise functions, bytes moved.
+    """Figures of one finished task: seconds of CPU in all and of its `PARTS`, bytes moved.
 
     `edges` are what it left to the driver: (output, offset, bytes) of blocks that it shares with other tasks.
     """
 
     index: int
     cpu_seconds: float
-    quantize_seconds: float
+    part_seconds: Mapping[str, float]
     read_bytes: int
     written_bytes: int
     edges: tuple[tuple[int, int, bytes], ...]
@@ -114,7 +117,8 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
     """
     started = time.thread_time()
     context = _context(job_path, identity)
-    in_quantize, n_read, n_written = 0.0, 0, 0
+    spent = dict.fromkeys(PARTS, 0.0)
+    n_read, n_written = 0, 0
     block: int = context.job["block"]
     edges: list[tuple[int, int, bytes]] = []
     touched: set[int] = set()
@@ -123,7 +127,8 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
         source = GGMLQuantizationType[tensor["type"]]
         row_bytes = tensor["row_bytes"]
         raw = np.empty((n_rows, row_bytes), dtype=np.uint8)
-        _read_all(context.base, raw, tensor["offset"] + first_row * row_bytes)
+        with _timed(spent, "read"):
+            _read_all(context.base, raw, tensor["offset"] + first_row * row_bytes)
         n_read += raw.size
         widened: npt.NDArray[np.float32] | None = None
         for target in tensor["targets"]:
@@ -136,10 +141,10 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
                 made = raw.reshape(-1)
             else:
                 if widened is None:
-                    widened = context.ggml.widen(raw, source)
-                begun = time.thread_time()
-                made = _quantize(context, tensor, widened, kind, first_row)
-                in_quantize += time.thread_time() - begun
+                    with _timed(spent, "widen"):
+                        widened = context.ggml.widen(raw, source)
+                with _timed(spent, "quantize"):
+                    made = _quantize(context, tensor, widened, kind, first_row)
             for output, place in places:
                 offset = place + first_row * target["row_bytes"]
                 first, end = own_blocks(offset, made.size, block)
@@ -147,14 +152,22 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
                     (output, offset + at, made[at:to].tobytes()) for at, to in ((0, first), (end, made.size)) if at < to
                 ]
                 inner = made[first:end].data
-                pwrite_all(context.output(output), inner, offset + first, Path(context.job["outputs"][output]))
+                with _timed(spent, "write"):
+                    pwrite_all(context.output(output), inner, offset + first, Path(context.job["outputs"][output]))
                 n_written += made.size
                 touched.add(output)
     if block:
         for output in touched:
             files.system.fsync(context.output(output))
     context.busy_with("")
-    return TaskDone(index, time.thread_time() - started, in_quantize, n_read, n_written, tuple(edges))
+    return TaskDone(index, time.thread_time() - started, spent, n_read, n_written, tuple(edges))
+
+
+@contextlib.contextmanager
+def _timed(spent: dict[str, float], part: str) -> Iterator[None]:
+    begun = time.thread_time()
+    yield
+    spent[part] += time.thread_time() - begun
 
 
 def own_blocks(offset: int, n_bytes: int, block: int) -> tuple[int, int]:
