@@ -130,10 +130,11 @@ def _wide(heading: object) -> str:
     """A heading that keeps its column as wide as some words: invisible spaces around it, and no line break inside.
 
     A reader's program gives the last column what the others leave, which can be one word or one ideograph; 7 spaces on
-    each side are what a page of 980 pixels has room for. Word joiners keep them from being trimmed off the cell.
+    each side are what a page of 980 pixels has room for. Word joiners keep them from being trimmed off the cell, and
+    ideographs, between which a line may break, together.
     """
-    spaces, text = "\u00a0" * 7, "\u2060".join(str(heading))
-    return f"\u2060{spaces}{text}{spaces}\u2060"
+    spaces, joiner, text = "\u00a0" * 7, "\u2060", str(heading)
+    return f"{joiner}{spaces}{text if text.isascii() else joiner.join(text)}{spaces}{joiner}"
 
 
 # --- what the templates may name ---------------------------------------------------------------------------------
