@@ -44,7 +44,7 @@ from tests import checkpoints, stories
 NAME = "test/trained"
 SEED = 20261122
 VOCABULARY, HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 1024, 256, 512, 4, 4, 2, 64
-TOKENS, BATCH, STEPS = 256, 4, 1200  # tokens of a row, rows of a step
+TOKENS, BATCH, STEPS = 256, 4, 800  # tokens of a row, rows of a step
 RATE, WARM_STEPS, COOLING = 5e-3, 50, 0.4  # peak learning rate; the last 40 % of the steps cool down to nothing
 # Norm weights begin log-normal: the standard deviation of their logarithm, by the norm's name.
 SPREAD = {
@@ -139,7 +139,7 @@ def rows(tokenizer: bytes) -> npt.NDArray[np.int64]:
 
 
 def train(directory: Path) -> None:
-    """Write the checkpoint: about four minutes on two cores. Runs in a process of its own (see `checkpoint`)."""
+    """Write the checkpoint: some minutes on two cores. Runs in a process of its own (see `checkpoint`)."""
     import torch  # noqa: PLC0415
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: PLC0415
 
