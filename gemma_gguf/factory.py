@@ -448,7 +448,7 @@ def _quantize(state: Run) -> None:
     made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
     if made:
         _make(state, header, made, sha256_json([base_sha, imatrix_sha, state.build.key]))
-    elif state.options.proof:
+    elif state.options.proves:
         proof.prove_run(state, again=False)
 
 
@@ -511,7 +511,7 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
         else:
             for item in items:
                 _loop_once(state, item)
-        if state.options.proof and to_prove in wave:
+        if state.options.proves and to_prove in wave:
             proof.prove_run(state, again=True)
         if state.take_away is not None:
             if state.options.until in ("evaluate", "card"):

@@ -152,7 +152,7 @@ def _exact_plan(
     budget = room_for(state, outputs)
     work = plan.work_of(plans.values())
     asked_seconds, distinct_seconds = work.seconds(ggml)[0], work.seconds(speeds)[1]
-    peak = peak_bytes(sizes, proof=state.options.proof)
+    peak = peak_bytes(sizes, proof=state.options.proves)
     try:
         groups = waves_for(state, outputs, speeds)
     except BadInputError:
@@ -241,9 +241,9 @@ def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str,
     """
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
-    if peak_bytes(sizes, proof=state.options.proof) <= budget:
+    if peak_bytes(sizes, proof=state.options.proves) <= budget:
         return [list(sizes)]
-    spare = sizes[recipes.for_proof(sizes)] if state.options.proof else 0
+    spare = sizes[recipes.for_proof(sizes)] if state.options.proves else 0
     return plan.waves([output.plan for output in outputs], sizes, speeds, budget - spare)
 
 
@@ -284,9 +284,9 @@ def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> No
     """The whole set must fit the disk, or the budget, before any work starts."""
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
-    total = peak_bytes(sizes, proof=state.options.proof)
+    total = peak_bytes(sizes, proof=state.options.proves)
     if total > budget:
-        spare = sizes[recipes.for_proof(sizes)] if state.options.proof else 0
+        spare = sizes[recipes.for_proof(sizes)] if state.options.proves else 0
         fit = plan.that_fit(sizes, budget - spare)
         raise BadInputError(
             f"the set needs {total:,} bytes, {budget:,} are there: {total - budget:,} are missing",

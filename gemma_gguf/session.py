@@ -110,6 +110,11 @@ class Options:
     templates: Path | None = None
     card: CardOptions = CardOptions()
 
+    @property
+    def proves(self) -> bool:
+        """Whether one file is made twice: llama-quantize's own need no proof."""
+        return self.proof and self.engine == "fanout"
+
 
 @dataclass(frozen=True)
 class Done:

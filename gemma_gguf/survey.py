@@ -240,7 +240,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
         makes=makes,
         makes_imatrix=makes_imatrix,
         held=sum(path.stat().st_blocks * 512 for path in partials if path.is_file()),
-        proves=options.proof and options.engine == "fanout",
+        proves=options.proves,
     )
     base_bytes = 2 * (model.n_parameters - model.n_projector) if model else 0
     return replace(
