@@ -36,7 +36,9 @@ def call(*argv: str | Path) -> Result:
 
 def start(*argv: str | Path, **environment: str) -> "subprocess.Popen[str]":
     """The installed program; says `ready` on stdout when its imports are done and Ctrl-C is its own business."""
-    code = "import sys; from gemma_gguf.cli import main; print('ready', flush=True); main(prog_name='gemma-gguf')"
+    # A shell ignores Ctrl-C in what it starts in the background, and whoever ignores a signal passes that on.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gemma_gguf.cli import main; "
+    code += "print('ready', flush=True); main(prog_name='gemma-gguf')"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
         cwd=REPO,

@@ -375,9 +375,12 @@ echo leader $$ >&3
 wait
 wait
 """
+# A shell ignores Ctrl-C in what it starts in the background, and whoever ignores a signal passes that on.
 RUN = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gemma_gguf.llama_cpp import RunLog, run_tool
 try:
     run_tool(["sh", "-c", sys.argv[1], sys.argv[2]], log=RunLog(Path(sys.argv[3])))
