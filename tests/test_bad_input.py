@@ -463,4 +463,4 @@ def test_hostile_a_model_card_cannot_write_into_ours(tmp_path: Path) -> None:
     plain, hostile = pages
     assert hostile.tags == plain.tags
     assert hostile.links == plain.links
-    assert not {"script", "img", "iframe"} & set(hostile.tags)
+    assert not {"script", "iframe"} & set(hostile.tags)  # images are our own: as many as on the other page
