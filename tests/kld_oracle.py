@@ -31,6 +31,8 @@ def passes(model: str, text: bytes, n_chunks: int) -> Iterator[tuple[Array, list
         n_ubatch=CHUNK,
         n_threads=threads,
         n_threads_batch=threads,
+        flash_attn=True,  # what llama.cpp's tools choose on a CPU, and so does `evaluate`
+        swa_full=False,
         logits_all=True,
         verbose=False,
     )

@@ -6,6 +6,7 @@ those of `evaluate`; whether one file is better than another is told by the diff
 standard errors is reported as "not shown".
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -258,7 +259,13 @@ SURE = {("more bits", more, less) for more, less in STEPS} | {("imatrix", withou
 def proof(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Proof:
     """The trained model, its set, and the same without an imatrix, measured; some minutes, the training not counted."""
     work = tmp_path_factory.mktemp("trained")
-    log = RunLog(work / "proof.log")
+    with contextlib.closing(RunLog(work / "proof.log")) as log:
+        done = make_and_measure(build, work, log)
+    print("\n" + table(done))
+    return done
+
+
+def make_and_measure(build: Build, work: Path, log: RunLog) -> Proof:
     text, calibrating = work / "evaluation.txt", work / "stories.txt"
     text.write_bytes(evaluation_text().data)
     calibrating.write_bytes(calibration_text().data)
@@ -282,15 +289,12 @@ def proof(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Proof:
         quantize.run_llama_quantize(argv, name, cwd=work, log=log)
     qualities = measure(build, base, [base, *paths.values()], work, log)
     arrays = ask_oracle(build, base, list(paths.values()), text=text, work=work, log=log)
-    log.close()
     rows = {}
     for name, path in paths.items():
         header = gguf_io.read_header(path)
         rows[name] = Row(name, header.file_size, header.bits_per_weight, qualities[path], arrays[path.name])
     by_size = dict(sorted(rows.items(), key=lambda item: -item[1].n_bytes))
-    done = Proof(facts, by_size, qualities[base], arrays["nll"], arrays["came"])
-    print("\n" + table(done))
-    return done
+    return Proof(facts, by_size, qualities[base], arrays["nll"], arrays["came"])
 
 
 def measure(build: Build, base: Path, files: Sequence[Path], work: Path, log: RunLog) -> dict[Path, Quality]:
