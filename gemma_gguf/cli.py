@@ -306,7 +306,7 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
 
 
 def _tags(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(tag.strip() for tag in value.split(",") if tag.strip())
+    return None if value is None else _names(value)
 
 
 _card_options = _with_options(

@@ -69,14 +69,18 @@ def converter_argv(build: Build, staged: str, outtype: str, outfile: str, *, mmp
     return [sys.executable, str(build.converter), staged, "--outtype", outtype, "--outfile", outfile, *kind]
 
 
+def missing_packages() -> tuple[str, ...]:
+    """What the converter imports and this Python does not have; nothing is imported to find out."""
+    return tuple(name for name in CONVERTER_NEEDS if importlib.util.find_spec(name) is None)
+
+
 def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: Progress = silent) -> list[Converted]:
     """Convert the checkpoint: the BF16 base and, for multimodal models, an mmproj in f16, bf16 and f32.
 
     Raises `MissingToolError` without the `convert` extra, `ToolFailedError` when the converter fails, and
     `VerificationError` when what it wrote is not what the checkpoint holds.
     """
-    missing = [name for name in CONVERTER_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise MissingToolError(
             f"the converter needs {', '.join(missing)}", next_step="pip install 'gemma-gguf[convert]'"
         )

@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma_gguf import calibration, convert, evaluate, gguf_io, llama_cpp, manifest
+from gemma_gguf import calibration, evaluate, gemma, gguf_io, llama_cpp, manifest
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.evaluate import Against, Material
-from gemma_gguf.files import HashMemory, locked, sha256_json
+from gemma_gguf.files import HashMemory, sha256_json
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Speed, StageRecord
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.session import WORK, Done, Run
+from gemma_gguf.session import WORK, Done, Run, base_places, open_work
 
 NOTHING = Evidence(quality=None, speed=None)
-NO_LOGITS = ("gemma-embedding",)  # values of general.architecture
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,7 @@ def evaluate_set(
     facts = manifest.load(set_dir)
     build = llama_cpp.build(spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=progress)
     work = set_dir.parent / WORK / facts.stem
-    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-evaluate.log"
-    with locked(work, f"the set {facts.stem}", wait=wait), contextlib.closing(RunLog(log_path)) as log:
-        llama_cpp.end_leftovers(log)
+    with open_work(work, "evaluate", wait=wait) as log:
         memory = HashMemory(work / "hashes.json")
         these = _Set(build, set_dir, work, manifest.load(set_dir), memory, log, progress, say)
         try:
@@ -146,7 +143,7 @@ def _measure(these: _Set, how: Measuring) -> None:
     else:
         these.say(Done("evaluate", "quality", False, reason, 0.0))
         key = sha256_json(["evaluate", reason])
-    if these.manifest.model.gguf_arch not in NO_LOGITS:
+    if these.manifest.model.gguf_arch not in gemma.WITHOUT_LOGITS:
         _measure_speed(these, chosen, how)
     # What no file of the set is any more would stay forever.
     named = {base_sha256, *(entry.sha256 for entry in these.manifest.files)}
@@ -193,8 +190,8 @@ def _base(these: _Set, present: Sequence[FileEntry], reference: str | None) -> t
                 next_step=f"Choose from: {', '.join(str(entry.recipe) for entry in present)}.",
             )
         return these.directory / wanted.name, wanted.sha256
-    name = convert.base_name(these.manifest.stem)
-    path = next((path for path in (these.work / name, these.directory / name) if path.is_file()), None)
+    places = base_places(these.directory, these.work, these.manifest.stem)
+    path = next((path for path in places if path.is_file()), None)
     if path is None:
         raise BadInputError(
             f"{these.directory} has no base to compare with",
@@ -205,7 +202,7 @@ def _base(these: _Set, present: Sequence[FileEntry], reference: str | None) -> t
 
 def _no_quality(these: _Set) -> str | None:
     """Why no quality can be measured, or None."""
-    if these.manifest.model.gguf_arch in NO_LOGITS:
+    if these.manifest.model.gguf_arch in gemma.WITHOUT_LOGITS:
         return "this model has no logits"
     if these.build.bindings is None:
         return f"{these.build.source} has no bindings; measure with: gemma-gguf evaluate DIR"
@@ -220,19 +217,13 @@ def material_for(facts: Manifest, base: Path) -> Material:
     template = facts.model.chat_template
     if template is None:
         return evaluate.plain_material(calibration.held_out())
-    header = gguf_io.read_header(base)
-    pieces = header.get("tokenizer.ggml.tokens", [])
-    special = {"bos": "", "eos": ""}  # where the file names none, the template gets none
-    for name in special:
-        number = header.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None and number < len(pieces):
-            special[name] = pieces[number]
+    bos, eos = gguf_io.read_header(base).token_texts("bos", "eos")
     return evaluate.chat_material(
         "heldout",
         calibration.held_out_conversations(),
         template,
-        bos_token=special["bos"],
-        eos_token=special["eos"],
+        bos_token=bos,
+        eos_token=eos,
     )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from gemma_gguf import (
-    calibration,
     card,
     chat,
     convert,
@@ -59,6 +58,7 @@ from gemma_gguf.session import (
     Options,
     Report,
     Run,
+    calibration_text,
     file_name,
     kernels_for,
     new_entry,
@@ -221,13 +221,7 @@ def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory
 
 def _renderer(header: gguf_io.Header) -> prompts.Render:
     """The sandboxed renderer with the texts of the model's own first and last token."""
-    tokens = header.get("tokenizer.ggml.tokens", [])
-
-    def token(name: str) -> str:
-        number = header.get(f"tokenizer.ggml.{name}_token_id")
-        return tokens[number] if isinstance(number, int) and number < len(tokens) else ""
-
-    bos, eos = token("bos"), token("eos")
+    bos, eos = header.token_texts("bos", "eos")
 
     def render(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> str:
         return chat.render(template, messages, tools=tools, bos_token=bos, eos_token=eos, now=prompts.NOW)
@@ -247,7 +241,7 @@ def _imatrix(state: Run) -> None:
     if options.imatrix is not None:
         _given_imatrix(state, options.imatrix, final, header=header, needed=needed, base_sha=base_sha)
         return
-    text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+    text = calibration_text(options)
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
     key = sha256_json([*identity, options.reference] if options.reference else identity)
@@ -312,7 +306,7 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     """
     if state.options.reference is None:
         return state.base, False
-    (recipe,) = recipes.select([state.options.reference], quantize.offered_ftypes(state.build, state.log))
+    (recipe,) = recipes.select([state.options.reference], state.offered)
     if recipe.is_base:
         return state.base, False
     model = state.work / f"imatrix-from-{recipe.name}-{state.memory.sha256(state.base)[:16]}-{state.build.key}.gguf"

@@ -48,6 +48,7 @@ FAMILIES = (
         _since(21309, "2026-04-02"),
     ),
 )
+WITHOUT_LOGITS = frozenset({"gemma-embedding"})  # values of general.architecture
 _BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 
 

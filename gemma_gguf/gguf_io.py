@@ -132,6 +132,12 @@ class Header:
         with _Bytes(self.path) as data:
             return data.value(key.type, key.start)[0]
 
+    def token_texts(self, *names: str) -> list[str]:
+        """The texts of the tokens called `bos`, `eos`, ...; "" for one that the file does not name."""
+        tokens = self.get("tokenizer.ggml.tokens", [])
+        numbers = [self.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+        return [tokens[n] if isinstance(n, int) and n < len(tokens) else "" for n in numbers]
+
     def strings(self) -> Iterator[tuple[str, str]]:
         """(key, text) of every string value outside arrays: where a path of this machine could hide."""
         with _Bytes(self.path) as data:

@@ -101,8 +101,6 @@ class Ggml:
             raise MissingToolError(f"{bin_dir} has no ggml-base library", next_step="Run: gemma-gguf build")
         lib = ctypes.CDLL(str(found))
         size, pointer, kind = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-        lib.ggml_quantize_init.argtypes = [kind]
-        lib.ggml_quantize_init.restype = None
         lib.ggml_quantize_chunk.argtypes = [kind, pointer, pointer, size, size, size, pointer]
         lib.ggml_quantize_chunk.restype = ctypes.c_size_t
         lib.ggml_validate_row_data.argtypes = [kind, pointer, ctypes.c_size_t]

@@ -382,6 +382,10 @@ def compiler_version(backend: str) -> str:
     )
 
 
+def _compiler_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}
+
+
 def machine_id() -> str:
     """Architecture and a hash of the CPU's features: a native build may not run on another CPU."""
     features = platform.processor()
@@ -479,7 +483,7 @@ def build(
         flags = cmake_args(backend, extra_cmake_args, source.commit, source.build_number)
         machine = machine_id()
         identity: list[Any] = [source.sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
-        if variables := {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}:
+        if variables := _compiler_variables():
             identity.append(variables)
         key = sha256_json(identity)[:20]
         root = builds / key
@@ -685,8 +689,7 @@ def build_kernels(progress: Progress = silent) -> KernelBuild:
     """
     compiler = compiler_version("cpu")
     digest = sha256_tree(KERNEL_SOURCE)
-    variables = {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)}
-    key = sha256_json([digest, compiler, platform.system(), platform.machine(), variables])[:20]
+    key = sha256_json([digest, compiler, platform.system(), platform.machine(), _compiler_variables()])[:20]
     cache = cache_dir()
     root = cache / "kernels" / key
     if not (root / "kernels.json").is_file():

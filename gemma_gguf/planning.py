@@ -4,21 +4,19 @@ Consumes `Options` and what exists of a set (base and imatrix, the base alone, o
 `SetPlan` for people and scripts. Every number comes from llama-quantize's own dry run, or is marked as an estimate.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma_gguf import (
-    calibration,
-    convert,
     doctor,
     fanout,
     gguf_io,
     imatrix,
-    llama_cpp,
     plan,
     quantize,
     recipes,
@@ -34,13 +32,17 @@ from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import (
-    WORK,
     Options,
     Run,
+    base_places,
+    calibration_text,
     check_given,
     file_name,
+    is_made,
     kernels_for,
+    known_recipes,
     open_run,
+    places,
     room_for,
     speeds_for,
     wanted_recipes,
@@ -96,30 +98,37 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     check_given(options)
     name = source.understand(options.model, options.name)
     jobs = fanout.workers_for(options.jobs, options.max_memory)
-    out = options.out.resolve()
-    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
-    bases = [work / convert.base_name(name.stem), set_dir / convert.base_name(name.stem)]
+    set_dir, work = places(options.out, name)
+    bases = base_places(set_dir, work, name.stem)
     if name.origin == "hub" and options.base is None and not any(path.exists() for path in bases):
         # Nothing is downloaded or built for an estimate.
-        offered = dict.fromkeys(quantize.KNOWN_FTYPES, "")
         n_parameters = source.count_hub_parameters(name)
-        return _estimate(set_dir, recipes.select(options.recipes, offered), n_parameters, jobs, options.disk_budget)
+        return _estimate(set_dir, known_recipes(options.recipes), n_parameters, jobs, options.disk_budget)
     with open_run(options, name, progress, lambda _: None) as state:
         wanted = wanted_recipes(state)
         base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)
         if base is None:
             return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options.disk_budget)
         header = gguf_io.read_header(base)
-        real = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
-        with tempfile.TemporaryDirectory(dir=state.work) as scratch:
-            # Under its final bare name, which llama-quantize copies into a key.
-            given = Path(scratch, imatrix.file_name(state.stem))
-            if real.exists():
-                copy(real, given)
-            else:
-                text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
-                imatrix.write_placeholder(given, header, text.file_name)
-            return _exact_plan(state, wanted, header, given, jobs, from_placeholder=not real.exists())
+        known = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
+        real = known if known.exists() else None
+        with _imatrix_to_plan_with(state, header, real) as given:
+            return _exact_plan(state, wanted, header, given, jobs, from_placeholder=real is None)
+
+
+@contextlib.contextmanager
+def _imatrix_to_plan_with(state: Run, header: gguf_io.Header, real: Path | None) -> Iterator[Path]:
+    """A copy of the imatrix, or one of ones where there is none yet, for as long as llama-quantize is asked.
+
+    It has the final bare name, which llama-quantize copies into a key.
+    """
+    with tempfile.TemporaryDirectory(dir=state.work) as scratch:
+        given = Path(scratch, imatrix.file_name(state.stem))
+        if real is not None:
+            copy(real, given)
+        else:
+            imatrix.write_placeholder(given, header, calibration_text(state.options).file_name)
+        yield given
 
 
 def _exact_plan(
@@ -152,7 +161,6 @@ def _exact_plan(
     budget = room_for(state, outputs)
     work = plan.work_of(plans.values())
     asked_seconds, distinct_seconds = work.seconds(ggml)[0], work.seconds(speeds)[1]
-    peak = peak_bytes(sizes, proof=state.options.proves)
     try:
         groups = waves_for(state, outputs, speeds)
     except BadInputError:
@@ -165,7 +173,7 @@ def _exact_plan(
         jobs=jobs,
         asked_seconds=round(asked_seconds, 1),
         distinct_seconds=round(distinct_seconds, 1),
-        peak_bytes=peak,
+        peak_bytes=sum(sizes.values()) + _proof_bytes(state, sizes),
         budget_bytes=budget,
         waves=tuple(map(tuple, groups)),
     )
@@ -229,9 +237,9 @@ def _estimate(
     )
 
 
-def peak_bytes(sizes: Mapping[str, int], *, proof: bool) -> int:
-    """Bytes of new files while a set is made: all of them, and the one that is made twice to prove the rest."""
-    return sum(sizes.values()) + (sizes[recipes.for_proof(sizes)] if proof and sizes else 0)
+def _proof_bytes(state: Run, sizes: Mapping[str, int]) -> int:
+    """What the file takes that is made twice to prove the rest, beside all of `sizes`."""
+    return sizes[recipes.for_proof(sizes)] if state.options.proves and sizes else 0
 
 
 def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str, float]) -> list[list[str]]:
@@ -240,11 +248,10 @@ def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str,
     Raises `BadInputError` when a single file does not fit.
     """
     sizes = {output.recipe: output.header.file_size for output in outputs}
-    budget = room_for(state, outputs)
-    if peak_bytes(sizes, proof=state.options.proves) <= budget:
+    budget = room_for(state, outputs) - _proof_bytes(state, sizes)
+    if sum(sizes.values()) <= budget:
         return [list(sizes)]
-    spare = sizes[recipes.for_proof(sizes)] if state.options.proves else 0
-    return plan.waves([output.plan for output in outputs], sizes, speeds, budget - spare)
+    return plan.waves([output.plan for output in outputs], sizes, speeds, budget)
 
 
 def refuse_before_imatrix(state: Run) -> None:
@@ -256,37 +263,29 @@ def refuse_before_imatrix(state: Run) -> None:
     final = state.set_dir / imatrix.file_name(state.stem)
     if final.exists() or state.take_away is not None:
         return
-    made = [recipe for recipe in wanted_recipes(state) if not recipe.is_base and not _is_there(state, recipe)]
+    made = [
+        recipe
+        for recipe in wanted_recipes(state)
+        if not recipe.is_base and not is_made(state.manifest, state.set_dir / file_name(state, recipe))
+    ]
     if not made:
         return
     header = gguf_io.read_header(state.base)
     most = [doctor.quant_bytes(recipe, survey.model_of(header))[1] for recipe in made]
     if sum(most) + max(most) <= room_for(state, []):
         return
-    options = state.options
-    with tempfile.TemporaryDirectory(dir=state.work) as scratch:
-        given = Path(scratch, final.name)
-        if options.imatrix is not None:
-            copy(options.imatrix, given)
-        else:
-            text = calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
-            imatrix.write_placeholder(given, header, text.file_name)
+    with _imatrix_to_plan_with(state, header, state.options.imatrix) as given:
         plans = _plans(state, made, header, given)
         refuse_what_does_not_fit(state, outputs_of(state, header, made, plans, given))
-
-
-def _is_there(state: Run, recipe: Recipe) -> bool:
-    name = file_name(state, recipe)
-    return state.manifest.file(name) is not None and (state.set_dir / name).is_file()
 
 
 def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> None:
     """The whole set must fit the disk, or the budget, before any work starts."""
     sizes = {output.recipe: output.header.file_size for output in outputs}
     budget = room_for(state, outputs)
-    total = peak_bytes(sizes, proof=state.options.proves)
+    spare = _proof_bytes(state, sizes)
+    total = sum(sizes.values()) + spare
     if total > budget:
-        spare = sizes[recipes.for_proof(sizes)] if state.options.proves else 0
         fit = plan.that_fit(sizes, budget - spare)
         raise BadInputError(
             f"the set needs {total:,} bytes, {budget:,} are there: {total - budget:,} are missing",

@@ -4,7 +4,6 @@ Consumes a finished set, produces verdicts; raises `VerificationError` for the f
 reference engine makes.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from gemma_gguf import (
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import (
     link_or_copy,
-    locked,
     sha256_file,
     sha256_json,
 )
@@ -36,6 +34,7 @@ from gemma_gguf.session import (
     WORK,
     Done,
     Run,
+    open_work,
 )
 
 
@@ -72,7 +71,7 @@ def prove_run(state: Run, *, again: bool) -> None:
     if not again and record is not None and record.outputs.items() <= known.items():
         return
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
-    (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(state.build, state.log))
+    (recipe,) = recipes.select([str(entry.recipe)], state.offered)
     started = time.monotonic()
     try:
         _compare_with_reference(state.build, state.set_dir, entry.name, recipe, log=state.log, progress=state.progress)
@@ -139,12 +138,12 @@ def prove_set(
             next_step="Name the build the set was made with: --llama-cpp, --backend.",
         )
     compared: list[str] = []
-    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-proof.log"
-    with locked(work, f"the set {facts.stem}", wait=wait), contextlib.closing(RunLog(log_path)) as log:
+    with open_work(work, "proof", wait=wait) as log:
+        offered = quantize.offered_ftypes(build, log)
         count = min(sample or len(made), len(made))
         for entry in (made[i * len(made) // count] for i in range(count)):
             begun = time.monotonic()
-            (recipe,) = recipes.select([str(entry.recipe)], quantize.offered_ftypes(build, log))
+            (recipe,) = recipes.select([str(entry.recipe)], offered)
             _compare_with_reference(build, set_dir, entry.name, recipe, log=log, progress=progress)
             took = time.monotonic() - begun
             say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))

@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,11 @@ class Run:
     def base(self) -> Path:
         return self.work / convert.base_name(self.stem)
 
+    @functools.cached_property
+    def offered(self) -> dict[str, str]:
+        """{ftype: description} of what this run's llama-quantize can make."""
+        return quantize.offered_ftypes(self.build, self.log)
+
     def did(self, done: Done) -> None:
         self.report.done.append(done)
         self.say(done)
@@ -173,10 +178,31 @@ class Run:
         manifest.save(new, self.set_dir)
 
 
-def asked_recipes(options: Options) -> tuple[Recipe, ...]:
-    """The recipes that were asked for, before there is a build to say what it offers."""
+def known_recipes(names: Iterable[str]) -> tuple[Recipe, ...]:
+    """The recipes called `names`, before there is a build to say what it offers: of what any llama.cpp may offer."""
     known = [*quantize.KNOWN_FTYPES, *(recipe.ftype for recipe in recipes.TABLE.values())]
-    return recipes.select(options.recipes, dict.fromkeys(known, ""))
+    return recipes.select(names, dict.fromkeys(known, ""))
+
+
+def calibration_text(options: Options) -> calibration.Text:
+    """The text behind the imatrix, fetched or from the cache."""
+    return calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
+
+
+def places(out: Path, name: source.ModelName) -> tuple[Path, Path]:
+    """(directory of the set, work directory) of a model."""
+    out = out.resolve()
+    return out / f"{name.stem}-GGUF", out / WORK / name.stem
+
+
+def base_places(set_dir: Path, work: Path, stem: str) -> tuple[Path, Path]:
+    """Where the base of a set can be: the work directory, which may be deleted, and the bf16 row, the same file."""
+    return work / convert.base_name(stem), set_dir / convert.base_name(stem)
+
+
+def is_made(known: Manifest | None, path: Path) -> bool:
+    """Whether a file is named and there: if it must be made again, the new one takes its place in the end."""
+    return known is not None and known.file(path.name) is not None and path.is_file()
 
 
 def check_given(options: Options) -> None:
@@ -193,8 +219,7 @@ def given_checks(options: Options) -> list[tuple[str, Callable[[], object]]]:
     if options.imatrix is not None:
         checks.append(("--imatrix", functools.partial(_given_imatrix, options.imatrix)))
     if options.imatrix is None and options.until != "convert":
-        cache = llama_cpp.cache_dir() / "calibration"
-        checks.append(("calibration", functools.partial(calibration.load, options.calibration, cache)))
+        checks.append(("calibration", functools.partial(calibration_text, options)))
     if options.reference is not None:
         checks.append(("--from", functools.partial(_given_reference, options)))
     if options.scheduler is not None:
@@ -220,8 +245,7 @@ def _given_imatrix(path: Path) -> None:
 
 
 def _given_reference(options: Options) -> None:
-    any_build = dict.fromkeys([*quantize.KNOWN_FTYPES, *(recipe.ftype for recipe in recipes.TABLE.values())], "")
-    (reference,) = recipes.select([str(options.reference)], any_build)
+    (reference,) = known_recipes([str(options.reference)])
     evaluates = options.evaluate and options.until in ("evaluate", "card")
     if evaluates and reference.name.upper() not in {name.upper() for name in options.recipes}:
         raise BadInputError(
@@ -247,11 +271,8 @@ def open_run(
         wait=options.wait,
         progress=progress,
     )
-    out = options.out.resolve()
-    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
-    log_path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
-    with locked(work, f"the set {name.stem}", wait=options.wait), contextlib.closing(RunLog(log_path)) as log:
-        llama_cpp.end_leftovers(log)
+    set_dir, work = places(options.out, name)
+    with open_work(work, wait=options.wait) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
         state = Run(
@@ -262,7 +283,7 @@ def open_run(
             work=work,
             log=log,
             memory=memory,
-            report=Report(set_dir, log_path, options.engine),
+            report=Report(set_dir, log.path, options.engine),
             progress=progress,
             say=say,
             take_away=take_away,
@@ -275,10 +296,22 @@ def open_run(
             yield state
         except GemmaGGUFError as error:
             log.note(f"ended: {error.what}")
-            error.log = error.log or log_path
+            error.log = error.log or log.path
             raise
         finally:
             memory.save()
+
+
+@contextlib.contextmanager
+def open_work(work: Path, what: str = "", *, wait: bool) -> Iterator[RunLog]:
+    """Hold the work directory of a set, which is named after its stem, with a log of its own; `what` ends its name.
+
+    Children that a killed run left there are ended: they would go on writing.
+    """
+    path = work / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}{what and f'-{what}'}.log"
+    with locked(work, f"the set {work.name}", wait=wait), contextlib.closing(RunLog(path)) as log:
+        llama_cpp.end_leftovers(log)
+        yield log
 
 
 def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source.Source, options: Options) -> Manifest:
@@ -289,7 +322,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         "model": found.facts,
         "llama_cpp": _build_facts(build),
     }
-    asked = [recipe.name for recipe in asked_recipes(options)]
+    asked = [recipe.name for recipe in known_recipes(options.recipes)]
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
         # A manifest never names a file that is not there.
@@ -372,7 +405,7 @@ def probe_text(state: Run) -> Path:
 
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
-    return recipes.select(state.options.recipes, quantize.offered_ftypes(state.build, state.log))
+    return recipes.select(state.options.recipes, state.offered)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:

@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import psutil
 
-from gemma_gguf import convert, doctor, fanout, gguf_io, imatrix, llama_cpp, manifest, quantize, recipes, source
+from gemma_gguf import convert, doctor, fanout, gguf_io, imatrix, llama_cpp, manifest, source
 from gemma_gguf.doctor import Account, Facts, Model, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError
 from gemma_gguf.files import partial_path
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.recipes import Recipe
-from gemma_gguf.session import STAGES, WORK, Options, given_checks
+from gemma_gguf.session import STAGES, Options, base_places, given_checks, is_made, known_recipes, places
 from gemma_gguf.source import ModelName
 
 T = TypeVar("T")
@@ -216,19 +216,18 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     wanted = _wanted(options, refused)
     if name is None:
         return replace(facts, wanted=wanted)
-    out = options.out.resolve()
-    set_dir, work = out / f"{name.stem}-GGUF", out / WORK / name.stem
+    set_dir, work = places(options.out, name)
     known = _manifest(set_dir, refused)
-    bases = (work / convert.base_name(name.stem), set_dir / convert.base_name(name.stem))
-    base = next((path for path in bases if path.is_file()), None)
+    base = next((path for path in base_places(set_dir, work, name.stem) if path.is_file()), None)
     has_base = base is not None
     converts = options.base is None and not has_base
     makes_quants = until >= STAGES.index("quantize")
     makes_imatrix = until >= 1 and options.imatrix is None and not (set_dir / imatrix.file_name(name.stem)).is_file()
     model = _model(name, work, base, refused)
-    makes = [r for r in wanted if makes_quants and not r.is_base and not _is_made(r, name, set_dir, known)]
-    partials = [partial_path(set_dir / f"{name.stem}-{recipe.name}.gguf", work) for recipe in makes]
-    rooms = {**facts.rooms, "out": room(out)}
+    files = {recipe.name: set_dir / f"{name.stem}-{recipe.name}.gguf" for recipe in wanted}
+    makes = [r for r in wanted if makes_quants and not r.is_base and not is_made(known, files[r.name])]
+    partials = [partial_path(files[recipe.name], work) for recipe in makes]
+    rooms = dict(facts.rooms)
     if name.origin == "hub":
         rooms["hub cache"] = room(_hub_cache())
     needs = doctor.disk_needs(
@@ -245,7 +244,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     base_bytes = 2 * (model.n_parameters - model.n_projector) if model else 0
     return replace(
         facts,
-        converter_lacks=_converter_lacks() if converts else None,
+        converter_lacks=convert.missing_packages() if converts else None,
         model=model,
         wanted=wanted,
         imatrix=_imatrix_source(options, unusable),
@@ -263,10 +262,9 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
 
 def _wanted(options: Options, refused: list[Refused]) -> tuple[Recipe, ...]:
     """The recipes that are known, each unknown one refused: of what any llama.cpp offers, as none is built yet."""
-    offered = dict.fromkeys([*quantize.KNOWN_FTYPES, *(r.ftype for r in recipes.TABLE.values())], "")
     found: list[Recipe] = []
     for name in options.recipes:
-        found.extend(_tried(refused, "recipes", functools.partial(recipes.select, [name], offered)) or ())
+        found.extend(_tried(refused, "recipes", functools.partial(known_recipes, [name])) or ())
     return tuple(dict.fromkeys(found))
 
 
@@ -292,21 +290,11 @@ def _model(name: ModelName, work: Path, base: Path | None, refused: list[Refused
     return Model(seen.n_parameters, seen.n_embedding, seen.n_projector, seen.download, rebuilt)
 
 
-def _is_made(recipe: Recipe, name: ModelName, set_dir: Path, known: Manifest | None) -> bool:
-    """A file that is named and there: if it must be made again, the new one takes its place in the end."""
-    file = f"{name.stem}-{recipe.name}.gguf"
-    return known is not None and known.file(file) is not None and (set_dir / file).is_file()
-
-
 def _copied(base: Path | None, out: Room) -> int:
     """Bytes that a base of the user's takes in the work directory: none where a hard link does."""
     if base is None or not base.is_file() or base.stat().st_dev == out.device:
         return 0
     return base.stat().st_size
-
-
-def _converter_lacks() -> tuple[str, ...]:
-    return tuple(name for name in convert.CONVERTER_NEEDS if importlib.util.find_spec(name) is None)
 
 
 def _imatrix_source(options: Options, unusable: set[str]) -> str | None:

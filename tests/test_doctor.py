@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gemma_gguf import doctor, factory, gguf_io, llama_cpp, quantize, recipes, source, survey
+from gemma_gguf import convert, doctor, factory, gguf_io, llama_cpp, quantize, recipes, source, survey
 from gemma_gguf.doctor import Account, Check, Facts, Model, Need, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
 from gemma_gguf.llama_cpp import Build, RunLog
@@ -525,7 +525,7 @@ def test_no_converter(
     text_checkpoint: Path, finished: Report, set_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without torch: refused where a conversion is due, and no matter where the base is there."""
-    monkeypatch.setattr(survey, "_converter_lacks", lambda: ("torch",))
+    monkeypatch.setattr(convert, "missing_packages", lambda: ("torch",))
     options = Options(str(text_checkpoint), out=tmp_path)
     with pytest.raises(MissingToolError) as caught:
         survey.refuse_what_cannot_work(options)
