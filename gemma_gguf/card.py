@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import memory, pictures, prompts, recipes, table
+from gemma_gguf import gemma, memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.resources import TEMPLATES
@@ -96,7 +96,7 @@ def front_matter(manifest: Manifest) -> "ModelCardData":
 def _pipeline_tag(manifest: Manifest) -> str:
     """What the Hub calls the task, where the original card leaves it to the Hub to find out."""
     model = manifest.model
-    if model.gguf_arch == "gemma-embedding":
+    if model.gguf_arch in gemma.WITHOUT_LOGITS:
         return "sentence-similarity"
     if model.audio:
         return "any-to-any"
@@ -213,7 +213,6 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
     large = [entry for entry in manifest.files if entry.parent is not None]
     sampling, sampling_flags = sampling_settings(manifest)
     models = [entry for entry in manifest.files if entry.kind == "model"]
-    projectors = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
     return {
         "manifest": manifest,
         "model": manifest.model,
@@ -225,7 +224,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         ],
         "repo": manifest.card.repo or f"YOUR_NAMESPACE/{manifest.stem}-GGUF",
         "is_published": manifest.card.repo is not None,
-        "is_embedding": manifest.model.gguf_arch == "gemma-embedding",
+        "is_embedding": manifest.model.gguf_arch in gemma.WITHOUT_LOGITS,
         "sampling": sampling,
         "sampling_flags": sampling_flags,
         "python_sampling": python_sampling(manifest),
@@ -240,8 +239,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "pick": picked,
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
         "splits": [entry for entry in models if "/" in entry.name],
-        # The smaller of two projectors that both run everywhere: f16.
-        "mmproj": next((e for e in projectors if e.name.endswith("-f16.gguf")), projectors[0] if projectors else None),
+        "mmproj": table.projector(manifest),
         "large": large,
         "large_equal": [entry for entry in large if not entry.differs],
         "large_rows": table.large_rows(manifest),

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_gguf import table
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.manifest import CacheGroup, ContextFacts, ContextMemory, FileEntry, Manifest
@@ -212,10 +213,9 @@ def choices(manifest: Manifest) -> Choices | None:
     bases = [entry for entry in models if entry.recipe == "bf16"]
     candidates = [entry for entry in models if entry not in bases] or models
     base = bases[0] if bases and bases[0] not in candidates else None
-    projectors = [entry for entry in manifest.files if entry.kind == "mmproj"]
-    # f16 is what the card tells to take.
-    projector = next((e for e in projectors if e.name.endswith("-f16.gguf")), projectors[0] if projectors else None)
-    klds = {} if manifest.model.base_is_dequantised else _klds(manifest, candidates)
+    projector = table.projector(manifest)
+    quality = {} if manifest.model.base_is_dequantised else table.qualities(manifest)
+    klds = {entry.name: quality[entry.name].kld.value for entry in candidates if entry.name in quality}
     ranked = sorted(candidates, key=lambda entry: _rank(entry, klds))
     lengths = contexts_of(facts.n_ctx_train)
     beside = {n_ctx: context_bytes(facts, n_ctx) for n_ctx in lengths}
@@ -241,15 +241,6 @@ def choices(manifest: Manifest) -> Choices | None:
         base_memory=next((m for m in MEMORIES if base and needs(base, lengths[-1]) * MARGIN <= m * GIB), None),
         context_bytes={n_ctx: n_bytes for n_ctx, (n_bytes, _) in beside.items()},
     )
-
-
-def _klds(manifest: Manifest, entries: Sequence[FileEntry]) -> dict[str, float]:
-    found = {}
-    for entry in entries:
-        evidence = manifest.evidence.get(entry.sha256)
-        if evidence is not None and evidence.quality is not None:
-            found[entry.name] = evidence.quality.kld.value
-    return found
 
 
 def _rank(entry: FileEntry, klds: Mapping[str, float]) -> tuple[bool, float, int, bool]:

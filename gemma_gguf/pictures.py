@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from gemma_gguf.files import sha256_json
 from gemma_gguf.manifest import Coverage, FileEntry, Manifest
+from gemma_gguf.table import frontier, qualities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,11 +84,11 @@ def _quality(manifest: Manifest) -> Data | None:
     """Points of size (GB) and mean KLD. The base, which is what the others are measured against, is not one of them."""
     points: list[Data] = []
     text: Data = {}
+    measured = qualities(manifest)
     for label, entry in _models(manifest):
-        evidence = manifest.evidence.get(entry.sha256)
-        if evidence is None or evidence.quality is None or evidence.quality.base_sha256 == entry.sha256:
+        quality = measured.get(entry.name)
+        if quality is None or quality.base_sha256 == entry.sha256:
             continue
-        quality = evidence.quality
         text = {"n_tokens": quality.n_tokens, "mode": quality.mode}
         # A logarithmic axis has no place for zero: a file like the base to the last bit.
         if quality.kld.value > 0 and entry.n_bytes > 0:
@@ -101,17 +102,6 @@ def _quality(manifest: Manifest) -> Data | None:
     for number, point in enumerate(points):
         point["frontier"] = number in edge
     return {"title": _title(manifest), "ranked": ranked, "points": points, **text}
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (size, KLD) points that no other one beats in both, the smallest file first."""
-    order = sorted(range(len(points)), key=lambda number: points[number])
-    best, kept = math.inf, []
-    for number in order:
-        if points[number][1] < best:
-            best = points[number][1]
-            kept.append(number)
-    return kept
 
 
 def _speed(manifest: Manifest) -> Data | None:

@@ -7,7 +7,7 @@ bound. Nothing is ranked where the base itself was quantised before.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from gettext import NullTranslations
 from typing import TypeVar
@@ -131,6 +131,12 @@ def qualities(manifest: Manifest) -> dict[str, Quality]:
     return found
 
 
+def projector(manifest: Manifest) -> FileEntry | None:
+    """The projector that cards tell to take: f16, which runs everywhere, else the smallest."""
+    found = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
+    return next((entry for entry in found if entry.name.endswith("-f16.gguf")), found[0] if found else None)
+
+
 def comparable(one: Quality, other: Quality) -> bool:
     """Whether both were measured on the same tokens in the same way."""
     return all(
@@ -171,17 +177,29 @@ def beaten_by(entry: FileEntry, manifest: Manifest) -> FileEntry | None:
     return min(better, key=lambda other: quality[other.name].kld.value, default=None)
 
 
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (size, KLD) points that no other one beats in both, the smallest file first."""
+    order = sorted(range(len(points)), key=lambda number: points[number])
+    best, kept = math.inf, []
+    for number in order:
+        if points[number][1] < best:
+            best = points[number][1]
+            kept.append(number)
+    return kept
+
+
 def is_on_frontier(entry: FileEntry, manifest: Manifest) -> bool:
-    """Whether no comparable file of this size or less has a smaller divergence."""
+    """Whether no comparable file beats it in both size and divergence."""
     quality = qualities(manifest)
     mine = quality.get(entry.name)
     if mine is None or manifest.model.base_is_dequantised:
         return False
-    return not any(
-        other.n_bytes <= entry.n_bytes and comparable(mine, theirs) and theirs.kld.value < mine.kld.value
+    points = [
+        (other.n_bytes, theirs.kld.value)
         for other in manifest.files
-        if (theirs := quality.get(other.name)) is not None
-    )
+        if (theirs := quality.get(other.name)) is not None and comparable(mine, theirs)
+    ]
+    return (entry.n_bytes, mine.kld.value) in [points[number] for number in frontier(points)]
 
 
 def pick(manifest: Manifest) -> FileEntry | None:

@@ -206,6 +206,33 @@ def test_a_base_that_was_quantised_before_ranks_nothing() -> None:
     assert _table(made)[8][0] == "Q8_0"
 
 
+def test_what_was_measured_against_another_base_ranks_nothing() -> None:
+    """As in the download table, which says of such a file that it is not measured."""
+    made = _quants(("Q8_0", 4.0, 0.4), ("Q4_K_M", 2.5, 0.001))
+    for sha256, told in made.evidence.items():
+        assert told.quality is not None
+        other = told.quality.model_copy(update={"base_sha256": "1" * 64})
+        made.evidence[sha256] = told.model_copy(update={"quality": other})
+    chosen = memory.choices(made)
+    assert chosen is not None
+    assert not chosen.by_kld
+    assert _table(made)[8][0] == "Q8_0"
+
+
+def test_without_an_f16_projector_the_smallest_is_counted() -> None:
+    """The one that the card's commands name."""
+    made = _quants(("Q8_0", 4.0, 0.001), projector=True)
+    f16 = made.files[0]
+    large, small = (
+        f16.model_copy(update={"name": f16.name.replace("f16", kind), "n_bytes": n, "sha256": kind[1:] * 32})
+        for kind, n in (("f32", 2 * f16.n_bytes), ("b16", f16.n_bytes - 1))
+    )
+    made = made.model_copy(update={"files": [large, small, *made.files[1:]]})
+    chosen = memory.choices(made)
+    assert chosen is not None
+    assert chosen.projector == small == card.context(made)["mmproj"]
+
+
 def test_what_was_not_measured_comes_after_what_was() -> None:
     made = _quants(("Q8_0", 4.0, None), ("Q4_K_M", 2.5, 0.02), ("IQ2_XS", 1.3, None))
     chosen = memory.choices(made)

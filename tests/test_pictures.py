@@ -18,7 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gemma_gguf import card, factory, manifest, pictures
+from gemma_gguf import card, factory, manifest, pictures, table
 from gemma_gguf.manifest import Coverage, Evidence, FileEntry, Manifest, Measured
 from tests.examples import coverage, drawn, evidence, example, model_entry
 
@@ -63,7 +63,7 @@ def _unmeasured(made: Manifest) -> Manifest:
 
 def test_frontier_holds_what_no_other_file_beats_in_both() -> None:
     points = [(4.0, 0.001), (3.0, 0.02), (2.5, 0.01), (2.0, 0.3), (1.9, 0.2), (3.0, 0.005), (2.5, 0.01)]
-    edge = pictures.frontier(points)
+    edge = table.frontier(points)
     assert [points[number] for number in edge] == [(1.9, 0.2), (2.5, 0.01), (3.0, 0.005), (4.0, 0.001)]
     for number, (gb, kld) in enumerate(points):
         beaten = any(a <= gb and b <= kld and (a, b) != (gb, kld) for a, b in points)
