@@ -151,15 +151,19 @@ def make_job(build: Build, finished: Report, log: RunLog, directory: Path, task_
 
 
 def run_job(
-    job: Job, jobs: int = 2, handed_over: list[str] | None = None, stop_after: float = float("inf")
+    job: Job, jobs: int = 2, handed_over: list[str] | None = None, stop_after: float = float("inf"), **how: Any
 ) -> fanout.Figures:
-    """Do a job; with `stop_after`, until that many tasks are done, then fail as an interrupted run does."""
+    """Do a job; with `stop_after`, until that many tasks are done, then fail as an interrupted run does.
+
+    `how` are other arguments of `fanout.run`.
+    """
 
     def count(label: str, done: float, total: float, unit: str = "") -> None:
         if done >= stop_after:
             raise GemmaGGUFError(f"{label}: stopped at {done} of {total} {unit}")
 
     path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
+    defaults = {"on_output": (handed_over if handed_over is not None else []).append, "progress": count}
     return fanout.run(
         path,
         done,
@@ -167,8 +171,7 @@ def run_job(
         executor=lambda: fanout.local_executor(jobs, job.dir),
         jobs=jobs,
         costs=[1.0] * len(fanout.load_job(path)["tasks"]),
-        on_output=(handed_over if handed_over is not None else []).append,
-        progress=count,
+        **{**defaults, **how},
     )
 
 
@@ -402,17 +405,7 @@ def test_workers_go_on_while_a_file_is_finished(job: Job) -> None:
         if first.is_set() and done > len(job.content["tasks"]) / 2:
             more.set()
 
-    path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
-    fanout.run(
-        path,
-        done,
-        skip,
-        executor=lambda: fanout.local_executor(2, job.dir),
-        jobs=2,
-        costs=[1.0] * len(job.content["tasks"]),
-        on_output=slow,
-        progress=count,
-    )
+    run_job(job, on_output=slow, progress=count)
     assert more.is_set()
     assert job.hashes() == job.expected
 
@@ -424,18 +417,8 @@ def test_file_that_fails_its_checks_ends_the_run(job: Job) -> None:
     def bad(recipe: str) -> None:
         raise VerificationError(f"{recipe} is bad")
 
-    path, done, skip = fanout.prepare(job.content, job.dir, job.outputs)
     with pytest.raises(VerificationError, match="Q8_0 is bad"):
-        fanout.run(
-            path,
-            done,
-            skip,
-            executor=lambda: fanout.local_executor(2, job.dir),
-            jobs=2,
-            costs=[1.0] * len(job.content["tasks"]),
-            on_output=bad,
-            on_stop=lambda: stopped.append(True),
-        )
+        run_job(job, on_output=bad, on_stop=lambda: stopped.append(True))
     assert stopped == [True]
     assert run_job(job).resumed_tasks > 0
     assert job.hashes() == job.expected
