@@ -8,8 +8,8 @@ here and return values to here.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,17 +18,15 @@ from gemma_gguf import (
     chat,
     convert,
     evidence,
-    fanout,
     gguf_io,
     imatrix,
     llama_cpp,
     manifest,
     memory,
     pictures,
-    plan,
     planning,
+    production,
     prompts,
-    proof,
     quantize,
     recipes,
     source,
@@ -46,11 +44,8 @@ from gemma_gguf.files import (
     sha256_json,
     write_atomic,
 )
-from gemma_gguf.kernel_check import Checked
-from gemma_gguf.manifest import CalibrationFacts, ContextMemory, FileEntry, ImatrixFacts, Manifest, Picture, StageRecord
-from gemma_gguf.plan import FilePlan
+from gemma_gguf.manifest import CalibrationFacts, ContextMemory, ImatrixFacts, Manifest, Picture, StageRecord
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import (
     WORK,
     CardOptions,
@@ -59,14 +54,11 @@ from gemma_gguf.session import (
     Report,
     Run,
     calibration_text,
-    file_name,
-    kernels_for,
     new_entry,
     open_run,
     plan_recipe,
     probe_text,
     removed_when_bad,
-    speeds_for,
     stage_is_done,
     wanted_recipes,
     why_again,
@@ -411,222 +403,17 @@ def _needs_imatrix(state: Run, header: gguf_io.Header) -> list[str]:
 
 
 def _quantize(state: Run) -> None:
-    header = gguf_io.read_header(state.base)
-    base_sha = state.memory.sha256(state.base)
-    imatrix_sha = state.memory.sha256(state.set_dir / imatrix.file_name(state.stem))
-    wanted = wanted_recipes(state)
-    todo: list[tuple[Recipe, str, str]] = []
-    for recipe in wanted:
-        name = file_name(state, recipe)
-        key = _quant_key(state, recipe, base_sha, imatrix_sha)
-        entry = state.manifest.file(name)
-        path = state.set_dir / name
-        if entry is not None and entry.key == key and path.is_file() and state.memory.sha256(path) == entry.sha256:
-            why = "inputs, recipe and build unchanged, file whole"
-            state.did(Done("quantize", name, False, why, 0.0, entry.n_bytes))
-        else:
-            reason = "not made yet" if entry is None else "changed inputs, recipe or build"
-            if entry is not None and entry.key == key:
-                reason = "file missing or changed"
-            todo.append((recipe, key, reason))
-    _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
-    plans: dict[str, FilePlan] = {}
-    parents = {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}
-    to_plan = {*(recipe for recipe, _, _ in todo if not recipe.is_base), *parents}
-    for done, recipe in enumerate(sorted(to_plan, key=lambda recipe: recipe.name)):
-        state.progress("planning", done, len(to_plan), "recipes")
-        plans[recipe.name] = plan_recipe(state, recipe, header, with_imatrix=True)
-    for recipe, key, reason in todo:
-        if recipe.is_base:
-            _link_base_row(state, recipe, key, reason)
-    made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
-    if made:
-        _make(state, header, made, sha256_json([base_sha, imatrix_sha, state.build.key]))
-    elif state.options.proves:
-        proof.prove_run(state, again=False)
+    production.make_quants(state, _take_away)
 
 
-def _quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
-    """Hash of everything a quant's bytes depend on."""
-    return sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
-
-
-def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -> None:
-    """Quants of an earlier run, of another base, imatrix or build, are no part of the set that this run describes.
-
-    They stay on the disk, and `verify` names them, until they are made again or deleted.
-    """
-    kept: list[FileEntry] = []
-    for entry in state.manifest.files:
-        recipe = recipes.TABLE.get(entry.recipe or "")
-        stale = recipe is not None and recipe.name not in wanted
-        if stale and recipe is not None and entry.key != _quant_key(state, recipe, base_sha, imatrix_sha):
-            why = "made from another base, imatrix or build: left out of the set"
-            state.did(Done("quantize", entry.name, False, why, 0.0))
-        else:
-            kept.append(entry)
-    if len(kept) < len(state.manifest.files):
-        state.record(state.manifest.model_copy(update={"files": kept}))
-
-
-@dataclass(frozen=True)
-class _Todo:
-    """One quant to be made: its recipe, its key, why it is made, and the plans of all recipes."""
-
-    recipe: Recipe
-    key: str
-    why: str
-    plans: Mapping[str, FilePlan]
-
-    @property
-    def plan(self) -> FilePlan:
-        return self.plans[self.recipe.name]
-
-
-def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str) -> None:
-    """All quants, at once or in the waves in which someone takes them away."""
-    listed = planning.outputs_of(
-        state, header, [item.recipe for item in made], made[0].plans, state.set_dir / imatrix.file_name(state.stem)
-    )
-    outputs = {output.recipe: output for output in listed}
-    using = _kernels(state) if state.options.engine == "fanout" else None
-    speeds = speeds_for(state, [item.plan for item in made], using)
+def _take_away(state: Run, finished: Sequence[Path]) -> None:
+    """The finished files of a wave, once they are measured: afterwards they are not there any more."""
     if state.take_away is None:
-        planning.refuse_what_does_not_fit(state, list(outputs.values()))
-        waves = [list(outputs)]
-    else:
-        waves = planning.waves_for(state, list(outputs.values()), speeds)
-    to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
-    for wave in waves:
-        items = [item for item in made if item.recipe.name in wave]
-        if state.options.engine == "fanout":
-            parts = [outputs[item.recipe.name] for item in items]
-            _fan_out(state, header, items, parts, inputs=inputs, using=using, speeds=speeds)
-        else:
-            for item in items:
-                _loop_once(state, item)
-        if state.options.proves and to_prove in wave:
-            proof.prove_run(state, again=True)
-        if state.take_away is not None:
-            if state.options.until in ("evaluate", "card"):
-                _evaluate(state)
-            for item in items:
-                state.take_away(state.set_dir / file_name(state, item.recipe))
-
-
-def _kernels(state: Run) -> Checked:
-    """What may quantise in ggml's place, said and recorded."""
-    using = kernels_for(state)
-    for name, why in using.facts.off.items():
-        state.did(Done("kernels", f"{name} by ggml", False, why, 0.0))
-    state.record(state.manifest.model_copy(update={"kernels": using.facts}))
-    return using
-
-
-def _link_base_row(state: Run, recipe: Recipe, key: str, why: str) -> None:
-    """The bf16 row is the converter's output as it is, so a link is enough."""
-    started = time.monotonic()
-    final = state.set_dir / file_name(state, recipe)
-    checks = verify.check_file(state.base, None, build=state.build, text=probe_text(state), log=state.log)
-    link_or_copy(state.base, final)
-    entry = new_entry(
-        state, final, kind="model", recipe=recipe, key=key, argv=[], seconds=0.0, checks=checks, engine="convert"
-    )
-    state.record(state.manifest.with_file(entry))
-    state.did(Done("quantize", final.name, True, why, time.monotonic() - started, entry.n_bytes))
-
-
-def _loop_once(state: Run, item: _Todo) -> None:
-    """Make one file with llama-quantize."""
-    partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
-    argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, state.options.threads)
-    run = quantize.run_llama_quantize(
-        argv, f"quantising {item.recipe.name}", cwd=state.set_dir, log=state.log, progress=state.progress
-    )
-    _accept(state, item, partial, argv, run.seconds)
-
-
-def _accept(state: Run, item: _Todo, partial: Path, argv: Sequence[str], seconds: float) -> None:
-    """Verify a finished partial file, give it its name, and record it."""
-    started = time.monotonic()
-    final = state.set_dir / file_name(state, item.recipe)
-    with removed_when_bad(partial):
-        checks = verify.check_file(partial, item.plan, build=state.build, text=probe_text(state), log=state.log)
-    entry = new_entry(
-        state, partial, kind="model", recipe=item.recipe, key=item.key, argv=argv, seconds=seconds, checks=checks
-    ).model_copy(
-        update={
-            "name": final.name,
-            "fallbacks": item.plan.fallbacks,
-            "differs": item.plan.differs_from(item.plans[item.recipe.parent]) if item.recipe.parent else [],
-        }
-    )
-    replace_durably(partial, final)
-    state.memory.moved(partial, final)
-    state.record(state.manifest.with_file(entry))
-    took = seconds + time.monotonic() - started
-    state.did(Done("quantize", final.name, True, item.why, took, entry.n_bytes))
-
-
-def _fan_out(
-    state: Run,
-    header: gguf_io.Header,
-    made: Sequence[_Todo],
-    outputs: Sequence[fanout.Output],
-    *,
-    inputs: str,
-    using: Checked | None,
-    speeds: Mapping[str, float],
-) -> None:
-    """Make files together; each is verified and named as soon as its bytes are whole."""
-    started = time.monotonic()
-    options = state.options
-    job_dir = state.work / "fanout"
-    if options.scheduler is None:
-        jobs = fanout.workers_for(options.jobs, options.max_memory)
-    else:
-        jobs = fanout.dask_workers(options.scheduler)
-    job = fanout.build_job(
-        header,
-        outputs,
-        imatrix=state.set_dir / imatrix.file_name(state.stem),
-        bin_dir=state.build.bin_dir,
-        inputs=inputs,
-        kernels=using.kernels if using else None,
-        phase_of=plan.phases([item.plan for item in made], speeds),
-        shared=options.scheduler is not None,
-    )
-    job_path, done, skip = fanout.prepare(job, job_dir, outputs)
-    if done:
-        state.log.note(f"fan-out: {len(done)} of {len(job['tasks'])} tasks were done by an earlier run")
-    by_recipe = {item.recipe.name: (item, output.partial) for item, output in zip(made, outputs, strict=True)}
-
-    def accept(recipe: str) -> None:
-        item, partial = by_recipe[recipe]
-        argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, options.threads)
-        _accept(state, item, partial, argv, time.monotonic() - started)
-
-    figures = fanout.run(
-        job_path,
-        done,
-        skip,
-        executor=(
-            (lambda: fanout.local_executor(jobs, job_dir))
-            if options.scheduler is None
-            else lambda: fanout.dask_executor(str(options.scheduler))
-        ),
-        jobs=jobs,
-        costs=fanout.task_costs(fanout.load_job(job_path), speeds),
-        on_output=accept,
-        on_stop=lambda: llama_cpp.end_leftovers(state.log),
-        progress=state.progress,
-    )
-    shutil.rmtree(job_dir)
-    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in figures.part_seconds.items())
-    state.log.note(
-        f"fan-out: {figures.tasks} tasks, {figures.cpu_seconds:.1f} CPU s ({parts}), "
-        f"{figures.read_bytes} bytes read, {figures.written_bytes} written"
-    )
+        return
+    if state.options.until in ("evaluate", "card"):
+        _evaluate(state)
+    for path in finished:
+        state.take_away(path)
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError, PydanticSerializationError
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 FILE_NAME = "quantset.json"
 MAX_BYTES = 16_000_000  # of the whole document; that of the demo's 27 files has 34 kB
 
@@ -313,12 +313,12 @@ DEFAULT_CARD = CardChoices(theme="modern", languages=["en"], quantized_by="gemma
 class Manifest(_Model):
     """The whole of `quantset.json`."""
 
-    schema_version: Annotated[Literal[2], BeforeValidator(_whole_number)]
+    schema_version: Annotated[Literal[3], BeforeValidator(_whole_number)]
     tool_version: str
     stem: str
     model: ModelFacts
     llama_cpp: BuildFacts
-    kernels: KernelFacts | None = None  # of the fan-out engine; older manifests do not say
+    kernels: KernelFacts | None  # of the fan-out engine; None: not run yet, or of a version that did not record it
     calibration: CalibrationFacts | None
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
@@ -366,7 +366,7 @@ def load(directory: Path) -> Manifest:
             next_step="pip install --upgrade gemma-gguf",
         )
     try:
-        loaded = Manifest.model_validate(_upgraded(raw) if type(version) is int and version == 1 else raw)
+        loaded = Manifest.model_validate(_upgraded(raw, version) if type(version) is int else raw)
         loaded.model_dump_json()  # what cannot be written again must not be read
     except ValidationError as error:
         first = error.errors()[0]
@@ -377,13 +377,20 @@ def load(directory: Path) -> Manifest:
     return loaded
 
 
-def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1 with what schema 2 added; what is wrong with it is left for the models to say."""
+def _upgraded(raw: dict[str, Any], version: int) -> dict[str, Any]:
+    """A document of an older schema with what newer ones added; what is wrong with it is left for the models to say."""
+    if version == 1:
+        raw = _with_schema_2(raw)
+    if version in {1, 2}:
+        raw = _with_schema_3(raw)
+    return raw
+
+
+def _with_schema_2(raw: dict[str, Any]) -> dict[str, Any]:
     model, files, imatrix = raw.get("model"), raw.get("files"), raw.get("imatrix")
     made = [entry.get("recipe") for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
     return {
         **raw,
-        "schema_version": SCHEMA_VERSION,
         "model": {**model, "sampling": None, "support": None} if isinstance(model, dict) else model,
         "imatrix": {**imatrix, "coverage": []} if isinstance(imatrix, dict) else imatrix,
         "recipes": [name for name in made if isinstance(name, str)],
@@ -393,6 +400,10 @@ def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
         "prompts": None,
         "pictures": {},
     }
+
+
+def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"kernels": None, **raw, "schema_version": SCHEMA_VERSION}
 
 
 def _no_constant(name: str) -> float:

@@ -332,6 +332,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
+        kernels=None,
         calibration=None,
         imatrix=None,
         stages={},

@@ -185,7 +185,7 @@ def example() -> Manifest:
         ),
     ]
     made = Manifest(
-        schema_version=2,
+        schema_version=3,
         tool_version="0.1.0",
         stem=STEM,
         model=ModelFacts(
