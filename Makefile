@@ -31,7 +31,7 @@ test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 proof: $(VENV)/.dev $(if $(filter-out fuzz,$(PART)),,$(VENV)/.fuzz)  ## the long campaigns; PART=<name> runs those whose name holds it
 	$(BIN)/python -m pytest -m proof -s $(if $(PART),-k "$(PART)") $(ARGS)
 
-bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner
+bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner, SCALE=demo is the demo model
 	$(BIN)/python -m tests.bench --scale $(SCALE) $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types; changes nothing

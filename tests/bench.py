@@ -1,10 +1,11 @@
 """`make bench`: the fan-out engine against a loop over llama-quantize, side by side in one run.
 
-Builds a seeded synthetic checkpoint shaped like Gemma 3 4B (SCALE=small: a smaller one), converts it and computes an
-imatrix with the factory, then makes the same quants with llama-quantize, with the fan-out on ggml's quantisers and with
-the fan-out on the kernels, alternating so that a noisy machine hits all alike. Prints a table as it goes and one JSON
-line last. Loop time is llama-quantize's alone; fan-out time is all of it: planning by dry-runs, headers, worker start,
-quantising, flushing to the disk. The kernels' speed, type by type, comes before (bench_kernels.py).
+Builds a seeded synthetic checkpoint shaped like Gemma 3 4B (SCALE=small: a smaller one; SCALE=demo: the real weights
+of the demo model), converts it and computes an imatrix with the factory, then makes the same quants with
+llama-quantize, with the fan-out on ggml's quantisers and with the fan-out on the kernels, alternating so that a noisy
+machine hits all alike. Prints a table as it goes and one JSON line last. Loop time is llama-quantize's alone; fan-out
+time is all of it: planning by dry-runs, headers, worker start, quantising, flushing to the disk. The kernels' speed,
+type by type, comes before (bench_kernels.py).
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_gguf import factory, fanout, gguf_io, kernel_check, llama_cpp, plan, quantize, recipes, tasks
+from gemma_gguf import factory, fanout, gguf_io, kernel_check, llama_cpp, plan, quantize, recipes, source, tasks
 from gemma_gguf.files import sha256_bytes, sha256_json, write_atomic
 from gemma_gguf.libggml import Kernels
 from gemma_gguf.llama_cpp import Build, RunLog
@@ -50,12 +51,12 @@ SHAPES = {
     "small": Shape(1024, 4096, 8, 4, 2, 256, 16384),
     "tiny": Shape(256, 512, 24, 4, 2, 64, 376),  # many small tensors: the overhead, not the kernels
 }
-STEM = "bench_model"
 NAMES = tuple(name for name in recipes.DEFAULT_NAMES if name != "bf16")
 K_QUANTS = tuple(name for name in NAMES if "_K" in name)
 # SCALE=small ends within minutes: all K-quants, and one or two of every other kind.
 OF = {
     "full": NAMES,
+    "demo": NAMES,
     "small": tuple(n for n in NAMES if n in {*K_QUANTS, "Q8_0", "Q4_0", "Q4_1", "IQ4_XS", "IQ3_M", "IQ2_M"}),
 }
 
@@ -176,6 +177,7 @@ class Bench:
 
     build: Build
     directory: Path
+    stem: str
     log: RunLog
     jobs: int
     loop: dict[str, Spent] = field(default_factory=dict)
@@ -187,15 +189,15 @@ class Bench:
 
     @property
     def set_dir(self) -> Path:
-        return self.directory / "out" / f"{STEM}-GGUF"
+        return self.directory / "out" / f"{self.stem}-GGUF"
 
     @property
     def imatrix(self) -> Path:
-        return self.set_dir / f"{STEM}-imatrix.gguf"
+        return self.set_dir / f"{self.stem}-imatrix.gguf"
 
     @property
     def base(self) -> Path:
-        return self.directory / "out" / ".work" / STEM / f"{STEM}-bf16.gguf"
+        return self.directory / "out" / ".work" / self.stem / f"{self.stem}-bf16.gguf"
 
     def plans(self, names: Sequence[str]) -> list[plan.FilePlan]:
         """The plans of some recipes, and the speeds of the types in them."""
@@ -204,7 +206,7 @@ class Bench:
             quantize.plan_recipe(
                 self.build,
                 recipes.TABLE[name],
-                f"../.work/{STEM}/{self.base.name}",
+                f"../.work/{self.stem}/{self.base.name}",
                 imatrix=self.imatrix.name,
                 n_tensors=len(header.tensors),
                 cwd=self.set_dir,
@@ -228,7 +230,7 @@ class Bench:
             argv = quantize.quantize_argv(
                 self.build,
                 recipes.TABLE[name],
-                f"../.work/{STEM}/{self.base.name}",
+                f"../.work/{self.stem}/{self.base.name}",
                 str(out.resolve()),
                 imatrix=self.imatrix.name,
                 threads=self.jobs,
@@ -301,16 +303,20 @@ def say(text: str) -> None:
 
 def prepare(scale: str, directory: Path, jobs: int) -> Bench:
     """Checkpoint, base and imatrix of a scale; kept for the next run."""
-    checkpoint = directory / "checkpoint" / "model"
-    if not (checkpoint / "config.json").is_file():
-        say(f"writing the {scale} checkpoint")
-        write_checkpoint(checkpoint, SHAPES[scale])
-    options = Options(str(checkpoint), name="bench/model", out=directory / "out", chunks=4, until="imatrix")
+    model, name = "demo", None
+    if scale != "demo":
+        checkpoint = directory / "checkpoint" / "model"
+        model, name = str(checkpoint), "bench/model"
+        if not (checkpoint / "config.json").is_file():
+            say(f"writing the {scale} checkpoint")
+            write_checkpoint(checkpoint, SHAPES[scale])
+    options = Options(model, name=name, out=directory / "out", chunks=4, until="imatrix")
+    stem = source.understand(model, name).stem
     factory.run(options, say=lambda done: say(f"  {done.stage} {done.name}: {done.seconds:.0f} s"))
     log, build = RunLog(directory / "bench.log"), llama_cpp.build()
     checked = kernel_check.ready(build, "auto", jobs=jobs, log=log)
     say(f"  kernels: {checked.facts.model_dump()}")
-    return Bench(build, directory, log, jobs, kernels=checked.kernels)
+    return Bench(build, directory, stem, log, jobs, kernels=checked.kernels)
 
 
 def compare_kernels(bench: Bench, names: Sequence[str]) -> tuple[dict[str, Any], Spent]:
@@ -402,7 +408,7 @@ def compare(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--scale", choices=list(OF), default="full")
     parser.add_argument("--dir", type=Path, default=Path("out/.bench"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--kernels-only", action="store_true", help="only the loop and the fan-out with kernels")
