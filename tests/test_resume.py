@@ -1,5 +1,6 @@
 """`kill -9` at any moment of any stage, then the same command: the same bytes as an undisturbed run."""
 
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -15,24 +18,28 @@ import pytest
 from gemma_gguf import manifest
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.llama_cpp import Build
+from tests import hub
 
+MODEL = "test/tiny-text"
 STEM = "test_tiny-text"
 
 
-def start(checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "gemma_gguf",
-        "run",
-        str(checkpoint),
-        "--name",
-        "test/tiny-text",
-        "--out",
-        str(out),
-    ]
-    command += ["--recipes", "bf16,Q8_0,Q4_K_M,Q4_0", "--chunks", "40", "--jobs", "2", "--no-evaluate"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def start(model: str, out: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A run from download to card; what it says is in `talk`, beside `out`."""
+    command = [sys.executable, "-m", "gemma_gguf", "run", model, "--out", str(out), "--jobs", "2"]
+    command += ["--recipes", "bf16,Q8_0,Q4_K_M,Q4_0", "--chunks", "40", "--eval-chunks", "1", "--bench", "none"]
+    out.mkdir(exist_ok=True)
+    with (out / "talk").open("wb") as talk:
+        return subprocess.Popen(command, stdout=talk, stderr=talk, start_new_session=True, env=dict(environment))
+
+
+def stage_of(talk: str) -> str:
+    """What a run was doing, from the last line it wrote: `  evaluating X: 1/2 chunks`, `made  imatrix  X  9 s`."""
+    lines = [line for line in talk.splitlines() if line.strip()]
+    if not lines:
+        return "start"
+    words = lines[-1].split()
+    return f"after {words[1]}" if words[0] in {"made", "kept", "same", "read", "skip"} and words[1:] else words[0]
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -42,46 +49,59 @@ def contents(out: Path) -> dict[str, str]:
     return {path.relative_to(set_dir).as_posix(): sha256_bytes(path.read_bytes()) for path in files}
 
 
-def campaign(checkpoint: Path, out: Path, kills: int, seed: int) -> None:
-    """Kill the driver or one of its descendants until `kills` have hit; compare every set that is finished."""
+def campaign(checkpoint: Path, directory: Path, kills: int, seed: int) -> None:
+    """Kill the driver or one of its descendants until `kills` have hit; compare every set that is finished.
+
+    The checkpoint comes from a Hub on this machine that answers slowly, so that kills hit the download, too.
+    """
     rng = random.Random(seed)
-    begun = time.monotonic()
-    assert start(checkpoint, out / "undisturbed").wait() == 0
-    whole = time.monotonic() - begun
-    expected = contents(out / "undisturbed")
-    assert len(expected) == 8  # four quants, the imatrix, the card and its picture of the imatrix as PNG and SVG
-    hit = finished = 0
-    stages: dict[str, int] = {}
-    while hit < kills:
-        driver = start(checkpoint, out / "disturbed")
-        time.sleep(rng.uniform(0.2, whole))
-        if driver.poll() is None:
-            family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
-            target = family[0] if rng.random() < 0.5 else rng.choice(family)
-            logs = sorted((out / "disturbed" / ".work" / STEM / "logs").glob("*.log"))
-            words = [
-                line for log in logs[-1:] for line in log.read_text(errors="replace").splitlines() if "## " in line
-            ]
-            stage = next(
-                (t for t in ("llama-quantize", "llama-imatrix", "convert_hf", "bindings") if words and t in words[-1]),
-                "other",
-            )
-            try:
-                os.kill(target.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            hit += 1
-            stages[stage] = stages.get(stage, 0) + 1
-        if driver.wait(timeout=300) == 0:
-            assert contents(out / "disturbed") == expected, f"seed {seed}, after {hit} kills"
-            finished += 1
-            shutil.rmtree(out / "disturbed")
-    assert start(checkpoint, out / "disturbed").wait() == 0
-    assert contents(out / "disturbed") == expected, f"seed {seed}, after {hit} kills"
-    set_dir = out / "disturbed" / f"{STEM}-GGUF"
+    with hub.serving() as served:
+        served.repo(MODEL).commit(checkpoint, "main")
+        answer = served.answer
+
+        def slowly(request: hub.Request) -> hub.Reply:
+            time.sleep(0.05)
+            return answer(request)
+
+        served.answer = slowly  # type: ignore[method-assign]
+
+        def begin(out: Path) -> subprocess.Popen[bytes]:
+            return start(MODEL, out, {**os.environ, **served.environment(out / "home")})
+
+        begun = time.monotonic()
+        assert begin(directory / "undisturbed").wait() == 0, (directory / "undisturbed" / "talk").read_text()
+        whole = time.monotonic() - begun
+        expected = contents(directory / "undisturbed")
+        assert {name for name in expected if name.endswith(".gguf")} == {
+            f"{STEM}-{name}.gguf" for name in ("bf16", "Q8_0", "Q4_K_M", "Q4_0", "imatrix")
+        }
+        assert "README.md" in expected
+        hit = finished = 0
+        stages: Counter[str] = Counter()
+        out = directory / "disturbed"
+        while hit < kills:
+            driver = begin(out)
+            time.sleep(rng.uniform(0.2, whole))
+            if driver.poll() is None:
+                family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+                target = family[0] if rng.random() < 0.5 else rng.choice(family)
+                stage = stage_of((out / "talk").read_text(errors="replace"))
+                try:
+                    os.kill(target.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                hit += 1
+                stages[stage] += 1
+            if driver.wait(timeout=300) == 0:
+                assert contents(out) == expected, f"seed {seed}, after {hit} kills"
+                finished += 1
+                shutil.rmtree(out)
+        assert begin(out).wait() == 0, (out / "talk").read_text()
+        assert contents(out) == expected, f"seed {seed}, after {hit} kills"
+    set_dir = out / f"{STEM}-GGUF"
     for entry in manifest.load(set_dir).files:
         assert sha256_bytes((set_dir / entry.name).read_bytes()) == entry.sha256
-    print(f"\n{hit} kills (seed {seed}, near {stages}), {finished + 1} finished sets, all with the undisturbed bytes")
+    print(f"\n{hit} kills (seed {seed}, {dict(stages.most_common())}), {finished + 1} sets, all identical")
 
 
 def test_a_few_kills_in_any_stage(build: Build, text_checkpoint: Path, tmp_path: Path) -> None:
@@ -93,3 +113,32 @@ def test_a_few_kills_in_any_stage(build: Build, text_checkpoint: Path, tmp_path:
 def test_hundred_kills_in_any_stage(build: Build, text_checkpoint: Path, tmp_path: Path) -> None:
     assert build.key
     campaign(text_checkpoint, tmp_path, kills=100, seed=random.SystemRandom().randrange(10**6))
+
+
+@pytest.mark.proof
+def test_kills_while_llama_cpp_is_built(build: Build, tmp_path: Path) -> None:
+    """`kill -9` while the source is fetched, configured and compiled; the same command makes the same build.
+
+    Its libraries are not compared byte for byte: what a compiler writes holds the directory it ran in.
+    """
+    rng = random.Random(seed := random.SystemRandom().randrange(10**6))
+    command = [sys.executable, "-m", "gemma_gguf", "build", "--json"]
+    environment = {**os.environ, "GEMMA_GGUF_CACHE": str(tmp_path / "cache")}
+    stages: Counter[str] = Counter()
+    for number in range(5):
+        with (tmp_path / "talk").open("wb") as talk:
+            driver = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=talk, start_new_session=True, env=environment
+            )
+        time.sleep(rng.uniform(1, 25 * 3 ** min(number, 1)))
+        family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+        stages[stage_of((tmp_path / "talk").read_text())] += 1
+        os.kill((family[0] if number % 2 else rng.choice(family)).pid, signal.SIGKILL)
+        driver.wait(timeout=600)
+    done = subprocess.run(command, check=True, capture_output=True, env=environment)
+    made = json.loads(done.stdout)
+    assert (made["key"], made["commit"]) == (build.key, build.commit)
+    version = subprocess.run([build.tool("llama-quantize"), "--help"], check=False, capture_output=True).stdout
+    again = subprocess.run([Path(made["bin_dir"]) / "llama-quantize", "--help"], check=False, capture_output=True)
+    assert again.stdout.replace(made["bin_dir"].encode(), str(build.bin_dir).encode()) == version
+    print(f"\n{sum(stages.values())} kills (seed {seed}, {dict(stages)}) of the build")
