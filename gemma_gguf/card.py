@@ -11,6 +11,7 @@ translate them are gettext's (`make messages` keeps them up to date).
 import gettext
 import re
 import shlex
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,11 +130,14 @@ def _fenced(text: object) -> str:
 def _wide(heading: object) -> str:
     """A heading that keeps its column as wide as some words: invisible spaces around it, and no line break inside.
 
-    A reader's program gives the last column what the others leave, which can be one word or one ideograph; 7 spaces on
-    each side are what a page of 980 pixels has room for. Word joiners keep them from being trimmed off the cell, and
-    ideographs, between which a line may break, together.
+    A reader's program gives the last column what the others leave, which can be one word or one ideograph. A space is
+    half as wide as a letter, an ideograph as wide as two; a page of 980 pixels has room for 18 letters.
+    Word joiners keep the spaces from being trimmed off the cell, and ideographs, between which a line may break,
+    together.
     """
-    spaces, joiner, text = "\u00a0" * 7, "\u2060", str(heading)
+    joiner, text = "\u2060", str(heading)
+    letters = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    spaces = "\u00a0" * max(1, 18 - letters)
     return f"{joiner}{spaces}{text if text.isascii() else joiner.join(text)}{spaces}{joiner}"
 
 
@@ -210,7 +214,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
     build, picked = manifest.llama_cpp, table.pick(manifest)
     quality = table.qualities(manifest)
     setups = {(q.text, q.text_sha256, q.mode, q.chunk_size, q.n_chunks, q.n_tokens): q for q in quality.values()}
-    large = [entry for entry in manifest.files if entry.parent is not None]
+    large = [entry for entry in table.in_order(manifest) if entry.parent is not None]
     sampling, sampling_flags = sampling_settings(manifest)
     models = [entry for entry in manifest.files if entry.kind == "model"]
     return {

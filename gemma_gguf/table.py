@@ -424,7 +424,7 @@ def large_rows(manifest: Manifest) -> list[LargeRow]:
     """The `_L` rows that differ from their parent, with what that costs and gains; only where both are made."""
     quality = qualities(manifest)
     rows = []
-    for entry in _in_order(manifest):
+    for entry in in_order(manifest):
         parent = _parent(entry, manifest)
         if parent is not None and entry.differs:
             gain = _gain(entry, parent, manifest, quality)
@@ -443,7 +443,7 @@ def large_rows(manifest: Manifest) -> list[LargeRow]:
 def speed_tables(manifest: Manifest) -> list[SpeedTable]:
     """What llama-bench measured, one table for each machine, build and test; shares are against Q4_0 of that table."""
     groups: dict[tuple[object, ...], list[tuple[FileEntry, Speed]]] = {}
-    for entry in _in_order(manifest):
+    for entry in in_order(manifest):
         evidence = manifest.evidence.get(entry.sha256)
         if evidence is not None and (speed := evidence.speed) is not None:
             test = (speed.cpu, speed.backend, speed.threads, speed.n_prompt, speed.n_generate, speed.build)
@@ -487,7 +487,7 @@ def _spread(measured: Measured) -> str:
     return f"{measured.value:.2f} ±\u00a0{spread}"
 
 
-def _in_order(manifest: Manifest) -> list[FileEntry]:
+def in_order(manifest: Manifest) -> list[FileEntry]:
     """Model files, largest first, files of one size in the recipes' order."""
     order = {name: index for index, name in enumerate(recipes.TABLE)}
     models = [entry for entry in manifest.files if entry.kind == "model"]

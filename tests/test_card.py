@@ -897,8 +897,9 @@ def test_the_command_to_reproduce_names_every_choice() -> None:
 # --- languages -----------------------------------------------------------------------------------------------------
 
 
-def test_cards_of_a_set_link_each_other() -> None:
-    made = _chosen(example(), languages=["zh-Hant", "en", "ja"])
+@every_theme
+def test_cards_of_a_set_link_each_other(theme: str) -> None:
+    made = _chosen(example(), languages=["zh-Hant", "en", "ja"], theme=theme)
     shown = {tag: card.render(made, None, tag) for tag in card.LANGUAGES}
     names = {"en": "English", "ja": "日本語", "zh-Hant": "繁體中文"}
     files = {"en": "README.md", "ja": "README.ja.md", "zh-Hant": "README.zh-Hant.md"}
@@ -907,6 +908,25 @@ def test_cards_of_a_set_link_each_other() -> None:
         line = " · ".join(names[t] if t == tag else f"[{names[t]}](./{files[t]})" for t in names)
         assert f"\n\n{line}\n\n" in text, tag
     assert "README.ja.md" not in card.render(example())
+
+
+def test_a_column_of_ideographs_is_as_wide_as_one_of_words() -> None:
+    """Of 18 letters: a letter is as wide as two of the spaces, an ideograph as two letters."""
+
+    def width(heading: str) -> int:
+        return sum({"\u00a0": 1, "\u2060": 0}.get(c, 2 if c.isascii() else 4) for c in card._wide(heading))
+
+    assert {width(heading) for heading in ("Description", "説明", "説明と注意", "Notes")} == {36}
+
+
+def test_large_rows_are_named_in_the_order_of_the_table() -> None:
+    made = _with_files(
+        _entry("Q4_0", recipe="Q2_K_L", parent="Q2_K", n_bytes=10),
+        _entry("Q4_K_L", n_bytes=30),
+        _entry("Q4_0", recipe="Q3_K_XL", parent="Q3_K_L", n_bytes=20),
+        _entry("Q4_K_M"),
+    )
+    assert [entry.recipe for entry in card.context(made)["large"]] == ["Q4_K_L", "Q3_K_XL", "Q2_K_L"]
 
 
 def test_english_is_always_there() -> None:
