@@ -346,8 +346,8 @@ def bench(
 
 
 def _mean(samples: Sequence[float]) -> Measured:
-    error = float(np.std(samples, ddof=1)) / len(samples) ** 0.5 if len(samples) > 1 else None
-    return Measured(value=round(float(np.mean(samples)), 4), se=None if error is None else round(error, 4))
+    value, error = scoring.mean_and_error(np.array(samples))
+    return Measured(value=round(value, 4), se=None if error is None else round(error, 4))
 
 
 def threads_or_default(threads: int | None) -> int:

@@ -122,7 +122,7 @@ def summary(tokens: Records) -> dict[str, Any]:
     if not (np.isfinite(nll).all() and np.isfinite(kld).all()):
         raise NotMeasurableError("its logits hold NaN or Inf")
     change = np.exp(-nll) - np.exp(-tokens["nll_base"])
-    square, square_se = _mean(change**2)
+    square, square_se = mean_and_error(change**2)
     rms = square**0.5
     same = float(tokens["same_top"].mean())
     same_se = (same * (1 - same) / (len(tokens) - 1)) ** 0.5 if len(tokens) > 1 else None
@@ -131,7 +131,7 @@ def summary(tokens: Records) -> dict[str, Any]:
         "n_tokens": len(tokens),
         "ppl": _measured(*_exp_of_mean(nll)),
         "ppl_ratio": _measured(*_exp_of_mean(nll - tokens["nll_base"])),
-        "kld": _measured(*_mean(kld)),
+        "kld": _measured(*mean_and_error(kld)),
         "kld_median": float(quantiles[0]),
         "kld_p99": float(quantiles[1]),
         "kld_p999": float(quantiles[2]) if len(tokens) >= MIN_TOKENS_P999 else None,
@@ -140,14 +140,14 @@ def summary(tokens: Records) -> dict[str, Any]:
     }
 
 
-def _mean(values: npt.NDArray[np.float64]) -> tuple[float, float | None]:
+def mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float | None]:
     """(mean, its standard error)."""
     error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
     return float(values.mean()), error
 
 
 def _exp_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float | None]:
-    mean, error = _mean(values)
+    mean, error = mean_and_error(values)
     value = float(np.exp(mean))
     return value, None if error is None else value * error
 
