@@ -19,11 +19,14 @@ PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# What is not typed here comes from gemma-gguf.toml.
+BUILD_OPTION = $(if $(filter file,$(origin LLAMA_CPP)),,--llama-cpp "$(LLAMA_CPP)")
+
 all-quants: $(VENV)/.run  ## the whole quant set of MODEL (default: the demo, Gemma 3 270M)
-	$(BIN)/gemma-gguf run "$(MODEL)" --llama-cpp "$(LLAMA_CPP)" $(ARGS)
+	$(BIN)/gemma-gguf run "$(MODEL)" $(BUILD_OPTION) $(ARGS)
 
 build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
-	$(BIN)/gemma-gguf build --llama-cpp "$(LLAMA_CPP)" $(ARGS)
+	$(BIN)/gemma-gguf build $(BUILD_OPTION) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 	$(BIN)/python -m pytest $(ARGS)

@@ -9,6 +9,7 @@ translate them are gettext's (`make messages` keeps them up to date).
 """
 
 import gettext
+import json
 import re
 import shlex
 import unicodedata
@@ -181,6 +182,8 @@ def reproduce_command(manifest: Manifest) -> str:
         argv.append(f"{model.repo}@{model.revision}" if model.revision else str(model.repo))
     else:
         argv += [f"./{model.model}", *(["--name", model.repo] if model.repo else [])]
+    if not manifest.stem.startswith(f"{model.org}_"):
+        argv += ["--naming", "model"]
     argv += ["--llama-cpp", manifest.llama_cpp.source]
     if manifest.llama_cpp.backend != "cpu":
         argv += ["--backend", manifest.llama_cpp.backend]
@@ -198,6 +201,25 @@ def reproduce_command(manifest: Manifest) -> str:
             argv += ["--calibration", manifest.calibration.name]
         argv += _after(imatrix.argv[0], "--chunks", "--chunks") + _after(imatrix.argv[0], "-ngl", "--gpu-layers")
     return shlex.join(argv)
+
+
+def custom_recipes(manifest: Manifest) -> str:
+    """The set's recipes that are no rows of ours, as the lines of `gemma-gguf.toml` that define them."""
+    own = {recipe.name: (recipe.ftype, recipe.flags, recipe.about) for recipe in manifest.custom_recipes}
+    for entry in manifest.files:
+        if entry.flags and entry.recipe and entry.recipe not in recipes.TABLE:
+            own[entry.recipe] = (str(entry.ftype), entry.flags, entry.about or "")
+    lines: list[str] = []
+    for name, (ftype, flags, about) in own.items():
+        pairs = list(zip(flags[::2], flags[1::2], strict=True))
+        tensors = [value for option, value in pairs if option == "--tensor-type"]
+        others = {option.removeprefix("--").replace("-", "_"): value for option, value in pairs}
+        others.pop("tensor_type", None)
+        told = {"name": name, "ftype": ftype, **({"tensor_types": tensors} if tensors else {}), **others}
+        # TOML's basic strings and arrays of them are written like JSON's.
+        lines += ["", "[[custom_recipes]]"]
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in {**told, "about": about}.items()]
+    return "\n".join(lines[1:])
 
 
 def _after(argv: list[str], option: str, ours: str) -> list[str]:
@@ -250,6 +272,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "repacked": [e for e in manifest.files if e.recipe in {"Q4_0", "IQ4_NL"}],
         "speeds": table.speed_tables(manifest),
         "reproduce": reproduce_command(manifest),
+        "custom_recipes": custom_recipes(manifest),
         "choices": memory.choices(manifest),
         "prompt_kinds": [example.kind for example in manifest.prompts.examples] if manifest.prompts else [],
         "pictures": {name: pictures.alt_text(name, data, words) for name, data in pictures.shown(manifest).items()},

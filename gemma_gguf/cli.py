@@ -3,7 +3,7 @@
 Exit code 0: done. 1: something the user can mend, with one clear error. 2: wrong usage. 130: stopped by Ctrl-C.
 """
 
-import re
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,14 +26,17 @@ from gemma_gguf import (
     planning,
     proof,
     recipes,
+    settings,
+    source,
     survey,
 )
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
 from gemma_gguf.pictures import Drawn
-from gemma_gguf.session import CardOptions, Done, Options
+from gemma_gguf.session import ENGINES, CardOptions, Done, Options
 
+_SETTINGS = "gemma_gguf.settings"  # where a context keeps them
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -42,6 +45,7 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            self._use_settings(ctx)
             return super().invoke(ctx)
         except GemmaGGUFError as error:
             _console(ctx).error(error)
@@ -50,6 +54,13 @@ class _Group(click.Group):
             _console(ctx).interrupted()
             sys.exit(130)
 
+    def _use_settings(self, ctx: click.Context) -> None:
+        """The files' settings become the options' defaults, so that flags win."""
+        ctx.obj = Console(as_json="--json" in ctx.args)  # the command's own option comes after this
+        loaded = settings.load()
+        ctx.meta[_SETTINGS] = loaded
+        ctx.default_map = dict.fromkeys(self.commands, settings.defaults(loaded.settings))
+
 
 class _Size(click.ParamType[int]):
     """A number of bytes, with an optional decimal unit: 200GB, 1.5TB, 7000000."""
@@ -57,12 +68,16 @@ class _Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", str(value))
-        if match is None:
-            self.fail(f"{value!r} is no size; write for example 200GB", param, ctx)
-        return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+        try:
+            return settings.parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _loaded() -> settings.Loaded:
+    """The settings of the command that is running."""
+    loaded: settings.Loaded = click.get_current_context().meta[_SETTINGS]
+    return loaded
 
 
 def _console(ctx: click.Context) -> Console:
@@ -149,7 +164,19 @@ _set_options = _with_options(
         show_default=True,
         help="Where sets go.",
     ),
-    click.option("--recipes", "recipe_names", metavar="A,B,...", help="Rows to make (default: all 27; see `recipes`)."),
+    click.option(
+        "--naming",
+        type=click.Choice(source.NAMINGS),
+        default=source.NAMINGS[0],
+        show_default=True,
+        help="How files begin: with <org>_<model>, or with the model's name alone.",
+    ),
+    click.option(
+        "--recipes",
+        "recipe_names",
+        metavar="A,B,...",
+        help="Rows, or sets of rows, to make (default: all 27; see `recipes`).",
+    ),
     click.option(
         "--calibration",
         "calibration_name",
@@ -170,7 +197,7 @@ _set_options = _with_options(
     _reference,
     click.option(
         "--engine",
-        type=click.Choice(["fanout", "llama-quantize"]),
+        type=click.Choice(ENGINES),
         default="fanout",
         show_default=True,
         help="What quantises: all files at once, or llama-quantize once per recipe; the bytes are the same.",
@@ -251,7 +278,8 @@ def _bench(text: str | None) -> tuple[str, ...] | None:
 
 def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
-    names = _names(given["recipe_names"])
+    configured = _loaded().settings
+    names = recipes.expand(_names(given["recipe_names"]), configured.recipe_sets)
     return Options(
         model=given["model"] or "",
         name=given["name"],
@@ -283,6 +311,8 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         wait=given["wait"],
         templates=given.get("templates"),
         card=_chosen(given),
+        naming=given["naming"],
+        custom=configured.custom,
     )
 
 
@@ -320,6 +350,7 @@ _card_options = _with_options(
     ),
     click.option("--quantized-by", metavar="NAME", help="Who makes the set, for the card (at first: gemma-gguf)."),
     click.option("--repo", metavar="NAMESPACE/NAME", help="Where the set is on the Hub, for the card's commands."),
+    click.option("--namespace", metavar="NAME", help="Whose it is there: gives --repo where none is recorded."),
     click.option(
         "--templates",
         type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -329,7 +360,9 @@ _card_options = _with_options(
 
 
 def _chosen(given: Mapping[str, Any]) -> CardOptions:
-    return CardOptions(**{name: given.get(name) for name in ("theme", "languages", "quantized_by", "repo")})
+    return CardOptions(
+        **{name: given.get(name) for name in ("theme", "languages", "quantized_by", "repo", "namespace")}
+    )
 
 
 @main.command()
@@ -559,6 +592,30 @@ def recipes_command(ctx: click.Context) -> None:
     console = _console(ctx)
     rows = [
         (r.name, r.ftype, "default" if r in recipes.DEFAULT else "on request", r.about) for r in recipes.TABLE.values()
-    ]
+    ] + [(r.name, " ".join((*r.flags, r.ftype)), "custom", r.about) for r in _loaded().settings.custom]
     console.table(("Recipe", "ftype", "Made", "What it is"), rows)
     console.document({"recipes": [dict(zip(("name", "ftype", "made", "about"), row, strict=True)) for row in rows]})
+
+
+@main.command(name="settings")
+@_json
+@click.pass_context
+def settings_command(ctx: click.Context) -> None:
+    """Show what is set in gemma-gguf.toml, here or in the user's config directory, and in which of the two.
+
+    \b
+    gemma-gguf settings
+    """
+    console = _console(ctx)
+    loaded = _loaded()
+    told = loaded.settings.model_dump(mode="json", include=set(loaded.origins))
+    rows = [(key, json.dumps(value, ensure_ascii=False), str(loaded.origins[key])) for key, value in told.items()]
+    console.table(("Setting", "Value", "File"), rows)
+    for path in loaded.looked_at:
+        console.say(f"{'read' if path.is_file() else 'not there'}: {path}")
+    console.document(
+        {
+            "settings": {key: {"value": value, "file": str(loaded.origins[key])} for key, value in told.items()},
+            "files": [{"file": str(path), "read": path.is_file()} for path in loaded.looked_at],
+        }
+    )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from gemma_gguf import plan
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
-from gemma_gguf.recipes import NEED_IMATRIX, Recipe
+from gemma_gguf.recipes import Recipe
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -171,13 +171,16 @@ def failures(checks: Iterable[Check]) -> GemmaGGUFError | None:
 
 
 def quant_bytes(recipe: Recipe, model: Model) -> tuple[int, int]:
-    """(least, most) bytes of a recipe's file, from the type it is named after."""
+    """(least, most) bytes of a recipe's file, from the type it is named after and those that override it."""
     text = model.n_parameters - model.n_projector
     bits = plan.nominal_bits(recipe.ftype)
     least, most = EMBEDDING_BITS
-    low = model.n_embedding * max(bits, least) + (text - model.n_embedding) * bits
+    everywhere = [plan.nominal_bits(kind) for option, kind in recipe.overrides if option == "--tensor-type"]
+    anywhere = [plan.nominal_bits(kind) for _, kind in recipe.overrides]
+    low = model.n_embedding * min([max(bits, least), *anywhere]) + (text - model.n_embedding) * min([bits, *everywhere])
     embedding = model.n_embedding or text // 3
-    high = embedding * max(bits, most) + (text - embedding) * min(16.0, bits * MIXED)
+    mixed = max([min(16.0, bits * MIXED), *everywhere])
+    high = embedding * max([bits, most, *anywhere]) + (text - embedding) * mixed
     return int(low / 8), int(high / 8)
 
 
@@ -330,7 +333,7 @@ def _imatrix(facts: Facts) -> Iterable[Check]:
     if facts.imatrix is not None:
         yield Check("imatrix", "ok", facts.imatrix)
         return
-    need = [recipe.name for recipe in facts.wanted if recipe.ftype in NEED_IMATRIX]
+    need = [recipe.name for recipe in facts.wanted if recipe.needs_imatrix]
     explained = {"calibration", "--imatrix"} & {refused.check for refused in facts.refused}
     if need:
         yield Check(

@@ -81,7 +81,7 @@ def run(
     """
     started = time.monotonic()
     warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
-    name = source.understand(options.model, options.name)
+    name = source.understand(options.model, options.name, options.naming)
     stages = {
         "convert": _convert_and_describe,
         "imatrix": _imatrix,
@@ -298,7 +298,7 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     """
     if state.options.reference is None:
         return state.base, False
-    (recipe,) = recipes.select([state.options.reference], state.offered)
+    (recipe,) = recipes.select([state.options.reference], state.offered, state.options.custom)
     if recipe.is_base:
         return state.base, False
     model = state.work / f"imatrix-from-{recipe.name}-{state.memory.sha256(state.base)[:16]}-{state.build.key}.gguf"
@@ -452,7 +452,7 @@ def write_card(
     sets that show the same share the work.
     """
     recorded = manifest.load(set_dir)
-    choices = (chosen or CardOptions()).chosen(recorded.card)
+    choices = (chosen or CardOptions()).chosen(recorded.card, recorded.stem)
     now = _draw_pictures(set_dir, recorded, {} if drawn is None else drawn)
     facts = recorded.model_copy(update={"card": choices, "pictures": now})
     changed = facts != recorded

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
+from gemma_gguf.recipes import TABLE, Recipe
 
 SCHEMA_VERSION: Final = 3
 FILE_NAME = "quantset.json"
@@ -165,6 +166,8 @@ class FileEntry(_Model):
     kind: Literal["model", "mmproj", "imatrix"]
     recipe: RecipeName | None
     about: str | None  # what the recipe is
+    ftype: str | None  # what llama-quantize was told, beside `flags`
+    flags: list[str]
     state: Literal["local"]
     n_bytes: Count
     sha256: Sha256
@@ -179,6 +182,25 @@ class FileEntry(_Model):
     key: Sha256  # hash of everything this file depends on
     build: str  # key of the llama.cpp build that made it
     checks: Checks | None
+
+    def as_recipe(self) -> Recipe:
+        """How a model file was made, whatever the table or the user's settings say by now."""
+        return Recipe(
+            name=str(self.recipe),
+            ftype=str(self.ftype),
+            flags=tuple(self.flags),
+            parent=self.parent,
+            about=self.about or "",
+        )
+
+
+class CustomRecipe(_Model):
+    """A recipe of the user's own that a set was asked for."""
+
+    name: RecipeName
+    ftype: str
+    about: str
+    flags: list[str]
 
 
 class Measured(_Model):
@@ -323,6 +345,7 @@ class Manifest(_Model):
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
     recipes: list[RecipeName]  # what the last run was asked for: a row without a file is not made yet
+    custom_recipes: list[CustomRecipe]  # those of `recipes` that are no rows of the package's table
     files: list[FileEntry]
     card: CardChoices
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
@@ -403,7 +426,17 @@ def _with_schema_2(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"kernels": None, **raw, "schema_version": SCHEMA_VERSION}
+    files = raw.get("files")
+    if isinstance(files, list):
+        raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
+    return {"kernels": None, "custom_recipes": [], **raw, "schema_version": SCHEMA_VERSION}
+
+
+def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
+    """Before there were custom recipes, the name alone said how a file was made."""
+    name = entry.get("recipe")
+    row = TABLE.get(name) if isinstance(name, str) else None
+    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], **entry}
 
 
 def _no_constant(name: str) -> float:

@@ -96,14 +96,16 @@ class SetPlan:
 def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
     check_given(options)
-    name = source.understand(options.model, options.name)
+    name = source.understand(options.model, options.name, options.naming)
     jobs = fanout.workers_for(options.jobs, options.max_memory)
     set_dir, work = places(options.out, name)
     bases = base_places(set_dir, work, name.stem)
     if name.origin == "hub" and options.base is None and not any(path.exists() for path in bases):
         # Nothing is downloaded or built for an estimate.
         n_parameters = source.count_hub_parameters(name)
-        return _estimate(set_dir, known_recipes(options.recipes), n_parameters, jobs, options.disk_budget)
+        return _estimate(
+            set_dir, known_recipes(options.recipes, options.custom), n_parameters, jobs, options.disk_budget
+        )
     with open_run(options, name, progress, lambda _: None) as state:
         wanted = wanted_recipes(state)
         base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)

@@ -84,9 +84,8 @@ def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -
     """
     kept: list[FileEntry] = []
     for entry in state.manifest.files:
-        recipe = recipes.TABLE.get(entry.recipe or "")
-        stale = recipe is not None and recipe.name not in wanted
-        if stale and recipe is not None and entry.key != _quant_key(state, recipe, base_sha, imatrix_sha):
+        stale = entry.kind == "model" and entry.recipe not in wanted
+        if stale and entry.key != _quant_key(state, entry.as_recipe(), base_sha, imatrix_sha):
             why = "made from another base, imatrix or build: left out of the set"
             state.did(Done("quantize", entry.name, False, why, 0.0))
         else:

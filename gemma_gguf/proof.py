@@ -71,10 +71,9 @@ def prove_run(state: Run, *, again: bool) -> None:
     if not again and record is not None and record.outputs.items() <= known.items():
         return
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
-    (recipe,) = recipes.select([str(entry.recipe)], state.offered)
     started = time.monotonic()
     try:
-        _compare_with_reference(state.build, state.set_dir, entry.name, recipe, log=state.log, progress=state.progress)
+        _compare_with_reference(state.build, state.set_dir, entry, log=state.log, progress=state.progress)
     except VerificationError:
         for bad in made.values():
             (state.set_dir / bad.name).unlink(missing_ok=True)
@@ -89,10 +88,9 @@ def prove_run(state: Run, *, again: bool) -> None:
     state.did(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
 
 
-def _compare_with_reference(
-    build: Build, set_dir: Path, name: str, recipe: Recipe, *, log: RunLog, progress: Progress
-) -> None:
+def _compare_with_reference(build: Build, set_dir: Path, entry: FileEntry, *, log: RunLog, progress: Progress) -> None:
     """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file."""
+    name, recipe = entry.name, entry.as_recipe()
     stem = name.removesuffix(f"-{recipe.name}.gguf")
     reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
     argv = reference_argv(build, stem, recipe, reference, None)
@@ -139,15 +137,13 @@ def prove_set(
         )
     compared: list[str] = []
     with open_work(work, "proof", wait=wait) as log:
-        offered = quantize.offered_ftypes(build, log)
         count = min(sample or len(made), len(made))
         for entry in (made[i * len(made) // count] for i in range(count)):
             begun = time.monotonic()
-            (recipe,) = recipes.select([str(entry.recipe)], offered)
-            _compare_with_reference(build, set_dir, entry.name, recipe, log=log, progress=progress)
+            _compare_with_reference(build, set_dir, entry, log=log, progress=progress)
             took = time.monotonic() - begun
             say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
-            compared.append(recipe.name)
+            compared.append(str(entry.recipe))
     return compared
 
 

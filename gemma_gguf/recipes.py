@@ -31,6 +31,17 @@ class Recipe:
         """True for the row that is the converter's output as it is."""
         return self.ftype == "BF16"
 
+    @property
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """(option, ggml type in capitals) of its flags: `--tensor-type ffn_down=q6_k` gives (--tensor-type, Q6_K)."""
+        types = (value.rpartition("=")[2].upper() for value in self.flags[1::2])
+        return tuple(zip(self.flags[::2], types, strict=True))
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether llama-quantize refuses to make it without one."""
+        return self.ftype in NEED_IMATRIX or not NEED_IMATRIX_TYPES.isdisjoint(kind for _, kind in self.overrides)
+
 
 # The flags of the `_L` and `_XL` rows: embedding and output stay at 8 bits.
 EMBED_OUTPUT_Q8 = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
@@ -81,6 +92,10 @@ TABLE: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (*DEFAULT, *ON_
 DEFAULT_NAMES = tuple(recipe.name for recipe in DEFAULT)
 # ftypes whose mixes hold a type that llama-quantize makes of no block without an imatrix; a test asks it.
 NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"})
+# The same of ggml types, in any tensor but the embedding (llama.cpp, src/llama-quant.cpp, tensor_requires_imatrix).
+NEED_IMATRIX_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+# Names that stand for several rows.
+SETS: Mapping[str, tuple[str, ...]] = {"default": DEFAULT_NAMES, "all": tuple(TABLE)}
 # Of these a file is no quant of a BF16 base, or another name for a row.
 NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
 # Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
@@ -98,15 +113,28 @@ def parse_quantize_help(text: str) -> dict[str, str]:
     return {name: " ".join(about.split()) for name, about in rows}
 
 
-def select(names: Iterable[str], offered: Mapping[str, str]) -> tuple[Recipe, ...]:
+def expand(names: Iterable[str], sets: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """`names` with every set of recipes in its place; each name once. `sets` may name those of `SETS`."""
+    found: list[str] = []
+    for name in names:
+        if name in sets:
+            found += expand(sets[name], {})
+        else:
+            found += SETS.get(name, (name,))
+    return tuple(dict.fromkeys(found))
+
+
+def select(names: Iterable[str], offered: Mapping[str, str], custom: Iterable[Recipe] = ()) -> tuple[Recipe, ...]:
     """The recipes called `names`, in the table's order, checked against what the build's llama-quantize offers.
 
-    A name outside the table is fine when the build offers an ftype of that name: a new quant of llama.cpp can be made
-    before it has a row here. Raises `BadInputError` naming the nearest known recipes.
+    `custom` are recipes of the user's own; they come after the table's. A name outside both is fine when the build
+    offers an ftype of that name: a new quant of llama.cpp can be made before it has a row here. Raises `BadInputError`
+    naming the nearest known recipes.
     """
     wanted = list(dict.fromkeys(names))
     extra = {name: Recipe(name, name, about) for name, about in offered.items() if name not in NOT_RECIPES}
-    known = {**extra, **TABLE}
+    own = {recipe.name: recipe for recipe in custom}
+    known = {**extra, **own, **TABLE}
     folded = {name.upper(): name for name in known}
     chosen: list[Recipe] = []
     for name in wanted:
@@ -121,6 +149,5 @@ def select(names: Iterable[str], offered: Mapping[str, str]) -> tuple[Recipe, ..
                 next_step="Leave the recipe out, or use another build with --llama-cpp.",
             )
         chosen.append(recipe)
-    order = list(known)
-    table_order = [*TABLE, *(name for name in order if name not in TABLE)]
+    table_order = list(dict.fromkeys([*TABLE, *own, *known]))
     return tuple(sorted(set(chosen), key=lambda recipe: table_order.index(recipe.name)))

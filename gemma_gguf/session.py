@@ -42,12 +42,13 @@ from gemma_gguf.files import (
 )
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import BuildFacts, CardChoices, FileEntry, Manifest
+from gemma_gguf.manifest import BuildFacts, CardChoices, CustomRecipe, FileEntry, Manifest
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
 
 WORK = ".work"
+ENGINES = ("fanout", "llama-quantize")
 STAGES = ("convert", "imatrix", "quantize", "evaluate", "card")
 
 
@@ -59,10 +60,14 @@ class CardOptions:
     languages: tuple[str, ...] | None = None
     quantized_by: str | None = None
     repo: str | None = None  # where the set is, or will be, on the Hub
+    namespace: str | None = None  # whose it is there; gives `repo` where nothing else does
 
-    def chosen(self, recorded: CardChoices) -> CardChoices:
+    def chosen(self, recorded: CardChoices, stem: str) -> CardChoices:
         """The choices of now over the recorded ones. Raises `BadInputError` for what cannot be chosen."""
         given = {name: value for name, value in vars(self).items() if value is not None}
+        namespace = given.pop("namespace", None)
+        if namespace is not None and (given.get("repo") or recorded.repo) is None:
+            given["repo"] = f"{namespace}/{stem}-GGUF"
         if "languages" in given:
             given["languages"] = list(card.card_files(given["languages"]))
         try:
@@ -109,6 +114,8 @@ class Options:
     wait: bool = False
     templates: Path | None = None
     card: CardOptions = CardOptions()
+    naming: str = source.NAMINGS[0]  # how files of the set begin
+    custom: tuple[Recipe, ...] = ()  # recipes of the user's own; those that `recipes` names are made
 
     @property
     def proves(self) -> bool:
@@ -178,10 +185,10 @@ class Run:
         manifest.save(new, self.set_dir)
 
 
-def known_recipes(names: Iterable[str]) -> tuple[Recipe, ...]:
+def known_recipes(names: Iterable[str], custom: Iterable[Recipe] = ()) -> tuple[Recipe, ...]:
     """The recipes called `names`, before there is a build to say what it offers: of what any llama.cpp may offer."""
     known = [*quantize.KNOWN_FTYPES, *(recipe.ftype for recipe in recipes.TABLE.values())]
-    return recipes.select(names, dict.fromkeys(known, ""))
+    return recipes.select(names, dict.fromkeys(known, ""), custom)
 
 
 def calibration_text(options: Options) -> calibration.Text:
@@ -245,7 +252,7 @@ def _given_imatrix(path: Path) -> None:
 
 
 def _given_reference(options: Options) -> None:
-    (reference,) = known_recipes([str(options.reference)])
+    (reference,) = known_recipes([str(options.reference)], options.custom)
     evaluates = options.evaluate and options.until in ("evaluate", "card")
     if evaluates and reference.name.upper() not in {name.upper() for name in options.recipes}:
         raise BadInputError(
@@ -322,13 +329,19 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         "model": found.facts,
         "llama_cpp": _build_facts(build),
     }
-    asked = [recipe.name for recipe in known_recipes(options.recipes)]
+    wanted = known_recipes(options.recipes, options.custom)
+    asked = [recipe.name for recipe in wanted]
+    own = [
+        CustomRecipe(name=recipe.name, ftype=recipe.ftype, about=recipe.about, flags=list(recipe.flags))
+        for recipe in wanted
+        if recipe in options.custom
+    ]
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
         # A manifest never names a file that is not there.
-        facts["card"] = options.card.chosen(old.card)
+        facts["card"] = options.card.chosen(old.card, name.stem)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
-            facts["recipes"] = asked
+            facts |= {"recipes": asked, "custom_recipes": own}
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
@@ -337,8 +350,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         imatrix=None,
         stages={},
         recipes=asked,
+        custom_recipes=own,
         files=[],
-        card=options.card.chosen(manifest.DEFAULT_CARD),
+        card=options.card.chosen(manifest.DEFAULT_CARD, name.stem),
         evidence={},
         context=None,
         prompts=None,
@@ -406,7 +420,7 @@ def probe_text(state: Run) -> Path:
 
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
-    return recipes.select(state.options.recipes, state.offered)
+    return recipes.select(state.options.recipes, state.offered, state.options.custom)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:
@@ -443,6 +457,8 @@ def new_entry(
         kind=kind,
         recipe=recipe.name if recipe else None,
         about=recipe.about if recipe else None,
+        ftype=recipe.ftype if recipe else None,
+        flags=list(recipe.flags) if recipe else [],
         state="local",
         n_bytes=header.file_size,
         sha256=state.memory.sha256(path),

@@ -55,6 +55,7 @@ MAX_TOKENIZER = 256_000_000  # tokenizer.json: 33 MB; it is the converter that r
 MAX_TEMPLATE = 1_000_000  # 20 kB
 MAX_FRONT_MATTER = 1_000_000  # characters
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+NAMINGS = ("org_model", "model")  # how files of a set begin: with `<org>_<model>`, or the model's name alone
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -67,11 +68,12 @@ class ModelName:
     model: str
     location: Path | None = None  # of a local directory
     revision: str | None = None
+    naming: str = NAMINGS[0]
 
     @property
     def stem(self) -> str:
-        """How files of the set begin: `<org>_<model>`."""
-        return f"{self.org}_{self.model}"
+        """How files of the set begin, by the naming style."""
+        return self.model if self.naming == "model" else f"{self.org}_{self.model}"
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,15 @@ class Source:
         return self.facts.files
 
 
-def understand(model: str, name: str | None = None) -> ModelName:
-    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory.
+def understand(model: str, name: str | None = None, naming: str = NAMINGS[0]) -> ModelName:
+    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory, `naming` one of `NAMINGS`.
 
     Raises `BadInputError` when MODEL is none of the three.
     """
     if name is not None and not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", name):
         raise BadInputError(f"--name {name!r} is not ORG/MODEL", next_step="For example: --name my-org/my-gemma")
     if model == "demo":
-        return ModelName("demo", demo.ORG, demo.MODEL)
+        return ModelName("demo", demo.ORG, demo.MODEL, naming=naming)
     path = Path(model).expanduser()
     if model and is_dir(path):
         path = path.resolve()
@@ -104,7 +106,7 @@ def understand(model: str, name: str | None = None) -> ModelName:
             raise BadInputError(
                 f"the directory name {short!r} cannot name files", next_step="Give the model a name: --name ORG/MODEL"
             )
-        return ModelName("local", org, short, path)
+        return ModelName("local", org, short, path, naming=naming)
     repo, _, revision = model.partition("@")
     if not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", repo) or not is_hub_id(repo):
         raise BadInputError(
@@ -112,7 +114,7 @@ def understand(model: str, name: str | None = None) -> ModelName:
             next_step="Give demo, a checkpoint's directory, or a hub id such as google/gemma-3-4b-it.",
         )
     org, _, short = repo.partition("/")
-    return ModelName("hub", org, short, revision=revision or None)
+    return ModelName("hub", org, short, revision=revision or None, naming=naming)
 
 
 def is_hub_id(repo: str) -> bool:

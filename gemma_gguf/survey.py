@@ -212,7 +212,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     for subject, check in given_checks(options):
         _tried(refused, subject, check)
     unusable = {entry.check for entry in refused}
-    name = _tried(refused, "model", lambda: source.understand(options.model, options.name))
+    name = _tried(refused, "model", lambda: source.understand(options.model, options.name, options.naming))
     wanted = _wanted(options, refused)
     if name is None:
         return replace(facts, wanted=wanted)
@@ -264,7 +264,7 @@ def _wanted(options: Options, refused: list[Refused]) -> tuple[Recipe, ...]:
     """The recipes that are known, each unknown one refused: of what any llama.cpp offers, as none is built yet."""
     found: list[Recipe] = []
     for name in options.recipes:
-        found.extend(_tried(refused, "recipes", functools.partial(known_recipes, [name])) or ())
+        found.extend(_tried(refused, "recipes", functools.partial(known_recipes, [name], options.custom)) or ())
     return tuple(dict.fromkeys(found))
 
 

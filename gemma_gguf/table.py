@@ -15,6 +15,7 @@ from typing import TypeVar
 from gemma_gguf import recipes
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Speed
+from gemma_gguf.recipes import Recipe
 
 NOTHING = "–"  # a cell of a row that is not made or not measured; its status says so
 T = TypeVar("T")
@@ -275,7 +276,8 @@ def _row(
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
-    known = recipes.TABLE.get(recipe)
+    custom = {own.name: Recipe(own.name, own.ftype, own.about, tuple(own.flags)) for own in manifest.custom_recipes}
+    known = recipes.TABLE.get(recipe) or custom.get(recipe)
     return Row(
         name=f"{manifest.stem}-{recipe}.gguf",
         link=None,

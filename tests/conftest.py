@@ -31,6 +31,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{len(_ran_on_llama)} of these tests ran against the real llama.cpp build")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What whoever runs the tests has set for themselves is nothing to the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA_GGUF_CONFIG", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def build() -> Build:
     """The default llama.cpp build, made now if the cache has none."""
