@@ -1,6 +1,7 @@
 # Every target is one line over the `gemma-gguf` command, run from a virtual environment that is made on first use.
 PYTHON ?= python3
 MODEL ?= demo
+MODELS ?= models.toml
 SCALE ?= full
 LLAMA_CPP ?= pypi:0.3.36
 # Extra options of `gemma-gguf run`, for example: make all-quants ARGS="--recipes Q4_K_M,Q6_K"
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .DEFAULT_GOAL := help
-.PHONY: help all-quants build test proof bench check fmt messages calibration-table clean
+.PHONY: help all-quants all-quants-batch build test proof bench check fmt messages calibration-table clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ BUILD_OPTION = $(if $(filter file,$(origin LLAMA_CPP)),,--llama-cpp "$(LLAMA_CPP
 
 all-quants: $(VENV)/.run  ## the whole quant set of MODEL (default: the demo, Gemma 3 270M)
 	$(BIN)/gemma-gguf run "$(MODEL)" $(BUILD_OPTION) $(ARGS)
+
+all-quants-batch: $(VENV)/.run  ## the sets of all models that MODELS lists (default: models.toml)
+	$(BIN)/gemma-gguf batch "$(MODELS)" $(ARGS)
 
 build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 	$(BIN)/gemma-gguf build $(BUILD_OPTION) $(ARGS)

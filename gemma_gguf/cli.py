@@ -5,7 +5,9 @@ Exit code 0: done. 1: something the user can mend, with one clear error. 2: wron
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import click
 
 import gemma_gguf
 from gemma_gguf import (
+    batch,
     calibration,
     card,
     demo,
@@ -595,6 +598,49 @@ def recipes_command(ctx: click.Context) -> None:
     ] + [(r.name, " ".join((*r.flags, r.ftype)), "custom", r.about) for r in _loaded().settings.custom]
     console.table(("Recipe", "ftype", "Made", "What it is"), rows)
     console.document({"recipes": [dict(zip(("name", "ftype", "made", "about"), row, strict=True)) for row in rows]})
+
+
+@main.command(name="batch")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--check", is_flag=True, help="Look at the file and at every model; make nothing.")
+@click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size, time and inode.")
+@_wait
+@_json
+@click.pass_context
+def batch_command(ctx: click.Context, file: Path, *, check: bool, rehash: bool, wait: bool) -> None:
+    """Make the sets of all models that FILE lists, one after the other; a failed one does not stop the others.
+
+    FILE holds what gemma-gguf.toml may hold, and [[models]]. It is validated as a whole before anything is made. The
+    same command goes on where it ended. Exit code 1 when a set is not complete.
+
+    \b
+    gemma-gguf batch models.toml
+    gemma-gguf batch models.toml --check
+    """
+    console = _console(ctx)
+    started = time.monotonic()
+    items = [
+        replace(item, options=replace(item.options, wait=wait, rehash=rehash))
+        for item in batch.read(file, _loaded().settings)
+    ]
+    console.say(f"{file}: {len(items)} model{'s' if len(items) > 1 else ''}")
+    problems = batch.look(items)
+    console.batch_problems(items, problems)
+    if check:
+        console.document(batch.checked(file, items, problems))
+        ctx.exit(1 if any(problems) else 0)
+
+    def begin(number: int, item: batch.Item) -> None:
+        console.say(f"\n[{number}/{len(items)}] {item.label}")
+        if item.options.model == "demo":
+            console.say(demo.TERMS)
+
+    outcomes = batch.run(items, progress=console.progress, say=console.did, begin=begin, ended=console.outcome)
+    took = time.monotonic() - started
+    console.outcomes(outcomes, took)
+    console.document(batch.document(file, outcomes, took))
+    if not all(outcome.complete for outcome in outcomes):
+        ctx.exit(1)
 
 
 @main.command(name="settings")

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from gemma_gguf.batch import Item, Outcome
 from gemma_gguf.doctor import Check
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.planning import SetPlan
@@ -160,6 +161,53 @@ class Console:
         for check in checks:
             if check.status != "ok" and check.next_step:
                 self._err.print(f"[bold]next:[/]  {shown(check.name)}: {shown(check.next_step)}")
+
+    def batch_problems(self, items: Sequence[Item], problems: Sequence[Sequence[Check]]) -> None:
+        """What stands in the way of which model, before the first of them is made."""
+        self._end_bar()
+        for item, checks in zip(items, problems, strict=True):
+            for check in checks:
+                self._err.print(f"[bold red]{shown(item.label)}:[/] {shown(check.name)}: {shown(check.what)}")
+                if check.next_step:
+                    self._err.print(f"[bold]next:[/]  {shown(check.next_step)}")
+        n_bad = sum(bool(checks) for checks in problems)
+        if n_bad:
+            self._err.print(f"{n_bad} of {len(items)} models cannot be made as things are.")
+
+    def outcome(self, outcome: Outcome) -> None:
+        """How one model of a batch ended."""
+        self._end_bar()
+        if outcome.trace is not None:
+            self._err.print(shown(outcome.trace))
+        if outcome.error is None:
+            self._err.print(f"[green]complete[/] {shown(outcome.model)}")
+            return
+        self._err.print(f"[bold red]failed[/] {shown(outcome.model)}: {shown(outcome.error)}")
+        if outcome.next_step:
+            self._err.print(f"[bold]next:[/]  {shown(outcome.next_step)}")
+        if outcome.log is not None:
+            self._err.print(f"[bold]log:[/]   {shown(shown_path(outcome.log))}")
+
+    def outcomes(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """The closing table of a batch."""
+        self._end_bar()
+        rows = [
+            (
+                outcome.model,
+                "complete" if outcome.complete else "FAILED",
+                str(outcome.made),
+                str(outcome.kept),
+                gigabytes(outcome.n_bytes),
+                f"{outcome.seconds:.0f} s",
+                (shown_path(outcome.set_dir) if outcome.set_dir else "") if outcome.complete else outcome.error or "",
+            )
+            for outcome in outcomes
+        ]
+        self.table(("Model", "Result", "Made", "Kept", "Size", "Time", "Set, or why not"), rows, right=(2, 3, 4, 5))
+        n_failed = sum(not outcome.complete for outcome in outcomes)
+        self._err.print(f"{len(outcomes) - n_failed} of {len(outcomes)} sets complete, in {seconds:.0f} s")
+        if n_failed:
+            self._err.print("The same command goes on: what is complete is kept.")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         """A table whose cells are never cut."""

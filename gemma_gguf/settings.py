@@ -101,7 +101,7 @@ def _checked(check: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(validate)
 
 
-def _beside(value: str, info: ValidationInfo) -> str:
+def beside(value: str, info: ValidationInfo) -> str:
     """A path as it is meant from the working directory; it was written as seen from the file it stands in."""
     directory = Path((info.context or {}).get("directory", "."))
     return str(directory / Path(value).expanduser())
@@ -110,14 +110,14 @@ def _beside(value: str, info: ValidationInfo) -> str:
 def _calibration(value: str, info: ValidationInfo) -> str:
     if value == "default" or value in calibration.PUBLIC_SETS:
         return value
-    path = Path(_beside(value, info))
+    path = Path(beside(value, info))
     # What is neither keeps its name: the error then shows the sets of nearly that name.
     return str(path) if path.is_file() or len(Path(value).parts) > 1 else value
 
 
 def _llama_cpp(value: str, info: ValidationInfo) -> str:
     kind, _, place = value.partition(":")
-    return f"dir:{_beside(place, info)}" if kind == "dir" and place else value
+    return f"dir:{beside(place, info)}" if kind == "dir" and place else value
 
 
 def _directory(value: str) -> str:
@@ -151,7 +151,7 @@ Positive = Annotated[int, Field(ge=1)]
 SetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 Names = Annotated[list[str], Field(min_length=1)]
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_beside)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(beside)]
 GgmlType = Annotated[str, _checked(_ggml_type)]
 LlamaCpp = Annotated[str, AfterValidator(_llama_cpp), _checked(llama_cpp.SourceSpec.parse)]
 Backend = Annotated[str, _one_of(tuple(llama_cpp.BACKENDS))]
@@ -246,16 +246,17 @@ class Settings(_Model):
         """{key: value} of what is set."""
         return {key: value for key in type(self).model_fields if (value := getattr(self, key)) not in (None, {}, [])}
 
-    def over(self, base: "Settings") -> dict[str, Any]:
-        """The keys of `base` with these in their place. Sets and recipes of one name are replaced, others added."""
-        mine, theirs = self.given(), base.given()
+    def over(self, base: "Settings") -> "Settings":
+        """The settings of `base` with these in their place. Sets and recipes of one name are replaced, others added."""
         own = {recipe.name: recipe for recipe in (*base.custom_recipes, *self.custom_recipes)}
-        return {
-            **theirs,
-            **mine,
+        both = {
+            **base.given(),
+            **self.given(),
             "recipe_sets": {**base.recipe_sets, **self.recipe_sets},
             "custom_recipes": list(own.values()),
         }
+        # Each was validated with its file; a path must not be taken for one beside another.
+        return Settings.model_construct(**{key: value for key, value in both.items() if key in KEYS})
 
 
 KEYS = tuple(Settings.model_fields)
@@ -348,7 +349,7 @@ def load(directory: Path = Path()) -> Loaded:
 
 def joined(found: Settings, base: Settings, path: Path) -> Settings:
     """What a file says over `base`, after both were looked at together; `path` is named in the error."""
-    both = Settings.model_construct(**{key: value for key, value in found.over(base).items() if key in KEYS})
+    both = found.over(base)
     if problems := conflicts(both):
         raise refusal(path, problems)
     return both

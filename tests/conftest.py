@@ -77,3 +77,14 @@ def set_options(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 def finished(build: Build, set_options: Options) -> Report:
     """All 27 recipes of the multimodal test model. Shared: tests that change files copy them first."""
     return factory.run(set_options)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and beside it an empty config directory `config`."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "config").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("GEMMA_GGUF_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("GEMMA_GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "here"

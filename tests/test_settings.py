@@ -20,17 +20,6 @@ from gemma_gguf.settings import FILE_NAME, CustomRecipe, Settings
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and beside it an empty config directory `config`."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "config").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("GEMMA_GGUF_CONFIG", str(tmp_path / "config"))
-    monkeypatch.setenv("GEMMA_GGUF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "here"
-
-
 def user_file(here: Path) -> Path:
     return here.parent / "config" / FILE_NAME
 
