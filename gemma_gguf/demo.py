@@ -22,7 +22,7 @@ from gemma_gguf.progress import Progress, silent
 
 ORG, MODEL = "google", "gemma-3-270m"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-N_PARAMETERS, N_EMBEDDING = 268_098_176, 167_772_160
+N_PARAMETERS, N_EMBEDDING, N_VOCAB = 268_098_176, 167_772_160, 262_144
 TERMS = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
     "The demo is google/gemma-3-270m, rebuilt here from a packaged Q4_K_M file."

@@ -13,6 +13,7 @@ from typing import Literal
 
 from gemma_gguf import plan
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
+from gemma_gguf.evaluate import FREE_RESERVE
 from gemma_gguf.recipes import Recipe
 
 Status = Literal["ok", "warn", "fail"]
@@ -87,6 +88,7 @@ class Model:
     n_projector: int
     download: int
     rebuilt: bool = False  # the demo, not yet rebuilt
+    n_vocab: int = 0  # 0 when not known, or when the model has no logits
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,18 @@ class Account:
     name: str | None = None
     role: str | None = None  # read, write, fineGrained
     writes_to: tuple[str, ...] = ()  # namespaces that a fine-grained token may write to
+
+
+@dataclass(frozen=True)
+class KernelState:
+    """The kernels as they lie in the cache. `isa` is None before their first comparison with this build's ggml."""
+
+    lacks: tuple[str, ...] = ()  # what compiling them needs and is not installed
+    compiled: bool = False
+    switched_off: bool = False  # by the user
+    isa: str | None = None
+    types: tuple[str, ...] = ()
+    off: Mapping[str, str] = field(default_factory=dict)  # type -> why ggml does its work
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,9 @@ class Facts:
     needs: tuple[Need, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)  # recipe -> bytes at least, of files still to be made
     disk_budget: int | None = None
+    eval_bytes: int = 0  # of the base's distributions; 0 when none are computed
+    eval_disk_budget: int = 0
+    kernels: KernelState | None = None
     rooms: Mapping[str, Room] = field(default_factory=dict)
     memory: tuple[int, int] | None = None  # bytes: installed, available
     base_bytes: int = 0  # that llama-imatrix will map; 0 when it will not run
@@ -144,6 +161,7 @@ def judge(facts: Facts) -> tuple[Check, ...]:
         *_python(facts),
         *_tools(facts),
         *_backends(facts),
+        *_kernels(facts),
         *_given(facts),
         *_imatrix(facts),
         *_disk(facts),
@@ -195,9 +213,11 @@ def disk_needs(
     makes_imatrix: bool,
     held: int,
     proves: bool,
+    eval_bytes: int = 0,
 ) -> tuple[Need, ...]:
     """What each stage adds. `copied_base` are the bytes of a base given on another file system, `makes` the recipes
-    whose files are not there yet, `held` the bytes that unfinished files have already.
+    whose files are not there yet, `held` the bytes that unfinished files have already, `eval_bytes` those of the base's
+    distributions where they are kept.
     """
     needs = []
     if not built:
@@ -221,6 +241,8 @@ def disk_needs(
         needs.append(Need("quantize", "out", low, high))
         if proves:
             needs.append(Need("proof", "out", min(low for low, _ in sizes), max(high for _, high in sizes)))
+    if eval_bytes:
+        needs.append(Need("evaluate", "out", 0, eval_bytes))
     return tuple(needs)
 
 
@@ -315,6 +337,32 @@ BACKEND_TOOLS: Mapping[str, str] = {
 }
 
 
+def _kernels(facts: Facts) -> Iterable[Check]:
+    state = facts.kernels
+    if state is None:
+        return
+    if state.switched_off:
+        yield Check("kernels", "ok", "switched off with --kernels ggml: ggml quantises, several times slower")
+    elif not state.compiled and state.lacks:
+        what = f"compiling them needs {', '.join(state.lacks)}: ggml quantises, several times slower"
+        step = "Install a C++ compiler, and: pip install 'gemma-gguf[build]'"
+        yield Check("kernels", "warn", what, step)
+    elif not state.compiled:
+        yield Check("kernels", "ok", "not compiled yet; the first run, or `gemma-gguf build`, does it")
+    elif state.isa is None:
+        yield Check("kernels", "ok", "compiled; the first run compares them with this build's ggml")
+    elif not state.types and not state.off:
+        yield Check("kernels", "ok", "compiled; none is for this CPU (AVX2 or AVX-512): ggml quantises")
+    else:
+        approved = f"{state.isa}, {len(state.types)} types: {', '.join(state.types)}" if state.types else state.isa
+        if state.off:
+            listed = "; ".join(f"{name}: {why}" for name, why in state.off.items())
+            step = "The files are the same, and take longer; after an update of gemma-gguf or the compiler look again."
+            yield Check("kernels", "warn", f"{approved}. Switched off, ggml quantises: {listed}", step)
+        else:
+            yield Check("kernels", "ok", approved)
+
+
 def _given(facts: Facts) -> Iterable[Check]:
     """What was tried and refused, and the model when it was looked at and found good."""
     seen: set[str] = set()
@@ -350,12 +398,13 @@ def _disk(facts: Facts) -> Iterable[Check]:
     for need in facts.needs:
         if need.place in facts.rooms:
             by_device.setdefault(facts.rooms[need.place].device, []).append(need)
-    for device, needs in by_device.items():
+    for device, all_needs in by_device.items():
         rooms = {name: room for name, room in facts.rooms.items() if room.device == device}
-        places = {need.place for need in needs}
+        places = {need.place for need in all_needs}
         where = ", ".join(sorted({str(rooms[name].path) for name in places}))
         free = min(room.free for room in rooms.values())
-        low, high = sum(need.low for need in needs), sum(need.high for need in needs)
+        needs, unkept = _with_or_without_evaluation(all_needs, free)
+        low, high = sum(need.low for need in needs), _peak(needs)
         parts = ", ".join(f"{need.stage} {_about(need)}" for need in needs)
         what = f"{_range(low, high)} bytes at the peak in {where} ({parts}); {free:,} are free"
         if low > free:
@@ -375,6 +424,22 @@ def _disk(facts: Facts) -> Iterable[Check]:
             yield Check("disk", "warn", what, step)
         else:
             yield Check("disk", "ok", what)
+        if unkept and low <= free:
+            yield Check(
+                "evaluation",
+                "warn",
+                f"the base's distributions, up to {facts.eval_bytes:,} bytes, may not fit beside the set: "
+                "then the base runs again beside every file",
+                "Make room, or measure on less text: --eval-chunks N.",
+            )
+    if facts.eval_bytes > facts.eval_disk_budget:
+        yield Check(
+            "evaluation",
+            "warn",
+            f"the base's distributions take up to {facts.eval_bytes:,} bytes, --eval-disk-budget allows "
+            f"{facts.eval_disk_budget:,}: the base may run again beside every file",
+            "Allow more, or measure on less text: --eval-chunks N.",
+        )
     total = sum(facts.sizes.values())
     if facts.disk_budget is not None and total > facts.disk_budget:
         fit = plan.that_fit(facts.sizes, facts.disk_budget)
@@ -385,6 +450,21 @@ def _disk(facts: Facts) -> Iterable[Check]:
             f"{total - facts.disk_budget:,} are missing",
             f"Make fewer: --recipes {','.join(fit)}" if fit else "Allow more.",
         )
+
+
+def _peak(needs: Sequence[Need]) -> int:
+    """Bytes at most; the file of the proof has gone when the evaluation begins."""
+    high = {need.stage: need.high for need in needs}
+    return sum(high.values()) - min(high.get("proof", 0), high.get("evaluate", 0))
+
+
+def _with_or_without_evaluation(needs: Sequence[Need], free: int) -> tuple[list[Need], bool]:
+    """(the needs that count, whether the base's distributions are left out): those are kept where there is room."""
+    others = [need for need in needs if need.stage != "evaluate"]
+    if len(others) == len(needs):
+        return others, False
+    kept = sum(need.high for need in needs if need.stage != "proof") + FREE_RESERVE <= free
+    return (list(needs), False) if kept else (others, True)
 
 
 def _about(need: Need) -> str:

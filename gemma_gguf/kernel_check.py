@@ -55,10 +55,7 @@ def ready(build: Build, choice: str, *, jobs: int, log: RunLog, progress: Progre
     if made is None:
         log.note(f"kernels: {why}; ggml quantises")
         return _without(why)
-    path = llama_cpp.cache_dir() / "kernel-checks" / f"{_check_key(build, made)}.json"
-    result: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        result = json.loads(path.read_text())
+    path, result = remembered(build, made)
     if not result:
         result = check(build, made, jobs=jobs, directory=path.parent, progress=progress)
         write_atomic(path, json.dumps(result, indent=1) + "\n")
@@ -76,6 +73,15 @@ def ready(build: Build, choice: str, *, jobs: int, log: RunLog, progress: Progre
     types = tuple(GGMLQuantizationType[name] for name in facts.types)
     kernels = Kernels(made.library, facts.isa, types) if types else None
     return Checked(kernels, facts, path.stem if kernels else "")
+
+
+def remembered(build: Build, made: KernelBuild) -> tuple[Path, dict[str, Any]]:
+    """(where the result of the check is kept, the result as `check` gives it, or nothing when there was none yet)."""
+    path = llama_cpp.cache_dir() / "kernel-checks" / f"{_check_key(build, made)}.json"
+    result: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads(path.read_text())
+    return path, result
 
 
 def compiled(progress: Progress = silent) -> tuple[KernelBuild | None, str]:

@@ -482,10 +482,7 @@ def build(
         # Everything but the stamp of commit and number, which follow from the source.
         flags = cmake_args(backend, extra_cmake_args, source.commit, source.build_number)
         machine = machine_id()
-        identity: list[Any] = [source.sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
-        if variables := _compiler_variables():
-            identity.append(variables)
-        key = sha256_json(identity)[:20]
+        key = _build_key(source.sha256, backend, flags, compiler, machine)
         root = builds / key
         if (root / "build.json").is_file():
             return _load(root)
@@ -509,21 +506,36 @@ def build(
         log.close()
 
 
+def _build_key(source_sha256: str, backend: str, flags: Sequence[str], compiler: str, machine: str) -> str:
+    identity: list[Any] = [source_sha256, backend, flags, compiler, machine, TOOLS, PROJECT_INCLUDE, KEPT_SOURCES]
+    if variables := _compiler_variables():
+        identity.append(variables)
+    return sha256_json(identity)[:20]
+
+
 def is_built(spec_text: str, *, backend: str, extra_cmake_args: Sequence[str], compiler: str) -> bool:
-    """Whether the cache has a build that looks like the one `build` will want; nothing is fetched or hashed for it.
+    """Whether the cache has a build that looks like the one `build` will want."""
+    return find_built(spec_text, backend=backend, extra_cmake_args=extra_cmake_args, compiler=compiler) is not None
+
+
+def find_built(spec_text: str, *, backend: str, extra_cmake_args: Sequence[str], compiler: str) -> "Build | None":
+    """The build in the cache that looks like the one `build` will want; nothing is fetched or hashed for it.
 
     A directory or a git ref may have changed since: then `build` makes a new one all the same.
     """
     spec = SourceSpec.parse(spec_text)
     source = f"dir:{Path(spec.value).expanduser().resolve()}" if spec.kind == "dir" else str(spec)
-    wanted = {"source": source, "backend": backend, "compiler": compiler, "machine": machine_id()}
+    machine = machine_id()
     for path in (cache_dir() / "builds").glob("*/build.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            facts = json.loads(path.read_text())
-            same = all(facts.get(name) == value for name, value in wanted.items())
-            if same and set(extra_cmake_args) <= set(facts.get("cmake_args", ())):
-                return True
-    return False
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            made = _load(path.parent)
+            first, stamp = (*CMAKE_FLAGS, *BACKENDS.get(backend, ())), 2
+            same = made.cmake_args == (*first, *made.cmake_args[len(first) :][:stamp], *extra_cmake_args)
+            # Of the same source all the rest must be the same, too, or `build` makes another.
+            key = _build_key(made.source_sha256, backend, made.cmake_args, compiler, machine)
+            if same and made.source == source and made.key == key:
+                return made
+    return None
 
 
 def _load(root: Path) -> Build:
@@ -688,10 +700,8 @@ def build_kernels(progress: Progress = silent) -> KernelBuild:
     or `ToolFailedError` where they cannot be compiled; ggml then does the work.
     """
     compiler = compiler_version("cpu")
-    digest = sha256_tree(KERNEL_SOURCE)
-    key = sha256_json([digest, compiler, platform.system(), platform.machine(), _compiler_variables()])[:20]
-    cache = cache_dir()
-    root = cache / "kernels" / key
+    digest, root = _kernels_place(compiler)
+    key, cache = root.name, cache_dir()
     if not (root / "kernels.json").is_file():
         log = RunLog(cache / "logs" / f"kernels-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
         with contextlib.closing(log), locked(root.with_name(f"{key}.lock"), "the build of the kernels", wait=True):
@@ -700,8 +710,25 @@ def build_kernels(progress: Progress = silent) -> KernelBuild:
                 end_leftovers(log)
                 progress("compiling the kernels", 0, 1, "steps")
                 _make_kernels(root, {"source_sha256": digest, "compiler": compiler}, log)
+    return _load_kernels(root)
+
+
+def find_kernels() -> KernelBuild | None:
+    """The kernels that `build_kernels` would take from the cache; nothing is compiled. Raises `MissingToolError`."""
+    _, root = _kernels_place(compiler_version("cpu"))
+    return _load_kernels(root) if (root / "kernels.json").is_file() else None
+
+
+def _kernels_place(compiler: str) -> tuple[str, Path]:
+    """(hash of the kernels' source, where they lie when this compiler made them)."""
+    digest = sha256_tree(KERNEL_SOURCE)
+    key = sha256_json([digest, compiler, platform.system(), platform.machine(), _compiler_variables()])[:20]
+    return digest, cache_dir() / "kernels" / key
+
+
+def _load_kernels(root: Path) -> KernelBuild:
     facts = json.loads((root / "kernels.json").read_text())
-    return KernelBuild(library=root / facts.pop("library"), key=key, **facts)
+    return KernelBuild(library=root / facts.pop("library"), key=root.name, **facts)
 
 
 def _make_kernels(root: Path, facts: Mapping[str, str], log: RunLog) -> None:

@@ -244,6 +244,7 @@ class Preview:
     n_embedding: int  # 0 when it cannot be told
     n_projector: int
     download: int
+    n_vocab: int = 0  # 0 when it cannot be told, or when the model has no logits
 
 
 def preview(name: ModelName, work: Path) -> Preview:
@@ -252,14 +253,27 @@ def preview(name: ModelName, work: Path) -> Preview:
         return _hub_preview(name)
     path = name.location if name.location is not None else work / "demo" / demo.MODEL
     if name.origin == "demo" and not (path / "config.json").is_file():
-        return Preview(demo.N_PARAMETERS, demo.N_EMBEDDING, 0, 0)
-    return _counts(examine(path).tensors)
+        return Preview(demo.N_PARAMETERS, demo.N_EMBEDDING, 0, 0, demo.N_VOCAB)
+    found = examine(path)
+    return _counts(found.tensors, _n_vocab(found.config, found.family))
 
 
-def _counts(tensors: Mapping[str, int]) -> Preview:
+def _text_shape(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens, columns) of the embedding, each 0 when the configuration does not say."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    shape = [text.get(key) for key in ("vocab_size", "hidden_size")] if isinstance(text, dict) else []
+    vocab, hidden = (n if type(n) is int and 0 < n < 2**31 else 0 for n in shape or (0, 0))
+    return vocab, hidden
+
+
+def _n_vocab(config: Mapping[str, Any], family: gemma.Family) -> int:
+    return 0 if family.gguf_arch in gemma.WITHOUT_LOGITS else _text_shape(config)[0]
+
+
+def _counts(tensors: Mapping[str, int], n_vocab: int) -> Preview:
     projector = sum(n for name, n in tensors.items() if re.search(r"(vision|audio|multi_modal|mm_|embed_(v|a))", name))
     embedding = sum(n for name, n in tensors.items() if re.search(r"(^|\.)embed_tokens(_per_layer)?\.weight$", name))
-    return Preview(sum(tensors.values()), embedding, projector, 0)
+    return Preview(sum(tensors.values()), embedding, projector, 0, n_vocab)
 
 
 def _hub_preview(name: ModelName) -> Preview:
@@ -275,12 +289,10 @@ def _hub_preview(name: ModelName) -> Preview:
         if _is_needed(file) and not isinstance(try_to_load_from_cache(repo, file, revision=commit), str)
     )
     weights = sum(size for file, size in sizes.items() if _is_needed(file) and file.endswith(".safetensors"))
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    shape = [text.get(key) for key in ("vocab_size", "hidden_size")] if isinstance(text, dict) else []
-    lengths = [n for n in shape if type(n) is int and 0 < n < 2**31]
-    embedding = math.prod(lengths) if len(lengths) == 2 else 0
+    embedding = math.prod(_text_shape(config))
     n_parameters = weights // 2  # 16 bits each, as all of Google's
-    return Preview(n_parameters, min(embedding, n_parameters), 0, missing)
+    _, family = _architecture(Path(repo), config)
+    return Preview(n_parameters, min(embedding, n_parameters), 0, missing, _n_vocab(config, family))
 
 
 def count_hub_parameters(name: ModelName) -> int:

@@ -20,8 +20,21 @@ from typing import TypeVar
 
 import psutil
 
-from gemma_gguf import convert, doctor, fanout, gguf_io, imatrix, llama_cpp, manifest, source
-from gemma_gguf.doctor import Account, Facts, Model, Package, Refused, Room
+from gemma_gguf import (
+    convert,
+    doctor,
+    evaluate,
+    fanout,
+    gemma,
+    gguf_io,
+    imatrix,
+    kernel_check,
+    llama_cpp,
+    manifest,
+    scoring,
+    source,
+)
+from gemma_gguf.doctor import Account, Facts, KernelState, Model, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError
 from gemma_gguf.files import partial_path
 from gemma_gguf.manifest import Manifest
@@ -55,6 +68,7 @@ def look(options: Options, *, thorough: bool = False) -> Facts:
             packages=_packages(),
             backends=_backends(),
             account=_account(),
+            kernels=_kernels(options, facts),
         )
     if options.model:
         facts = _of_run(facts, options, refused)
@@ -106,6 +120,28 @@ def _machine(options: Options, refused: list[Refused]) -> Facts:
             proves=False,
         ),
     )
+
+
+def _kernels(options: Options, facts: Facts) -> KernelState:
+    """The kernels as the cache has them: nothing is compiled or compared now."""
+    if options.kernels == "ggml":
+        return KernelState(switched_off=True)
+    lacks = tuple(name for name in ("cmake", "ninja") if _program(name) is None)
+    try:
+        made = llama_cpp.find_kernels()
+    except MissingToolError:
+        return KernelState(lacks=("a C++ compiler", *lacks))
+    if made is None:
+        return KernelState(lacks=lacks)
+    if not facts.built or facts.compiler is None:
+        return KernelState(compiled=True)
+    built = llama_cpp.find_built(
+        options.llama_cpp, backend=options.backend, extra_cmake_args=options.cmake_args, compiler=facts.compiler
+    )
+    result = kernel_check.remembered(built, made)[1] if built else {}
+    if not result:
+        return KernelState(compiled=True)
+    return KernelState(compiled=True, isa=result["isa"], types=tuple(result["types"]), off=result["off"])
 
 
 def _program(name: str) -> str | None:
@@ -218,6 +254,10 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
         return replace(facts, wanted=wanted)
     set_dir, work = places(options.out, name)
     known = _manifest(set_dir, refused)
+    if known is not None and (known.model.org, known.model.model) != (name.org, name.model):
+        whose = f"{set_dir} is the set of {known.model.org}/{known.model.model}, not of {name.org}/{name.model}"
+        step = "Choose another place with --out, or names that differ with --naming org_model."
+        refused.append(Refused("set", BadInputError(whose, next_step=step)))
     base = next((path for path in base_places(set_dir, work, name.stem) if path.is_file()), None)
     has_base = base is not None
     converts = options.base is None and not has_base
@@ -230,6 +270,10 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     rooms = dict(facts.rooms)
     if name.origin == "hub":
         rooms["hub cache"] = room(_hub_cache())
+    evaluates = until >= STAGES.index("evaluate") and options.evaluate
+    is_chat = known.model.chat_template is not None if known else name.origin != "demo"
+    measured = known is not None and not makes and _is_measured(known)
+    eval_bytes = _eval_bytes(options, model, is_chat=is_chat) if model and evaluates and not measured else 0
     needs = doctor.disk_needs(
         model,
         built=facts.built,
@@ -240,6 +284,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
         makes_imatrix=makes_imatrix,
         held=sum(path.stat().st_blocks * 512 for path in partials if path.is_file()),
         proves=options.proves,
+        eval_bytes=eval_bytes if eval_bytes <= options.eval_disk_budget else 0,
     )
     base_bytes = 2 * (model.n_parameters - model.n_projector) if model else 0
     return replace(
@@ -252,6 +297,8 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
         needs=needs,
         sizes={recipe.name: doctor.quant_bytes(recipe, model)[0] for recipe in makes} if model else {},
         disk_budget=options.disk_budget,
+        eval_bytes=eval_bytes,
+        eval_disk_budget=options.eval_disk_budget,
         rooms=rooms,
         base_bytes=base_bytes if makes_imatrix and not options.gpu_layers else 0,
         workers=fanout.workers_for(options.jobs, options.max_memory) if makes and options.scheduler is None else 0,
@@ -266,6 +313,20 @@ def _wanted(options: Options, refused: list[Refused]) -> tuple[Recipe, ...]:
     for name in options.recipes:
         found.extend(_tried(refused, "recipes", functools.partial(known_recipes, [name], options.custom)) or ())
     return tuple(dict.fromkeys(found))
+
+
+def _is_measured(known: Manifest) -> bool:
+    models = [entry.sha256 for entry in known.files if entry.kind == "model"]
+    return all(sha256 in known.evidence and known.evidence[sha256].quality for sha256 in models)
+
+
+def _eval_bytes(options: Options, model: Model, *, is_chat: bool) -> int:
+    """What the base's distributions take at most: in conversations every token may be scored, of plain text half."""
+    if not options.llama_cpp.startswith("pypi:"):  # no bindings: quality is not measured
+        return 0
+    mode, scored = ("chat", evaluate.CHUNK_TOKENS) if is_chat else ("plain", evaluate.CHUNK_TOKENS // 2)
+    n_chunks = options.eval_chunks or evaluate.DEFAULT_CHUNKS[mode]
+    return scoring.base_bytes(n_chunks * scored, model.n_vocab) if model.n_vocab else 0
 
 
 def _manifest(set_dir: Path, refused: list[Refused]) -> Manifest | None:
@@ -287,7 +348,7 @@ def _model(name: ModelName, work: Path, base: Path | None, refused: list[Refused
     if seen is None:
         return None
     rebuilt = name.origin == "demo" and not (work / "demo").is_dir()
-    return Model(seen.n_parameters, seen.n_embedding, seen.n_projector, seen.download, rebuilt)
+    return Model(seen.n_parameters, seen.n_embedding, seen.n_projector, seen.download, rebuilt, seen.n_vocab)
 
 
 def _copied(base: Path | None, out: Room) -> int:
@@ -313,4 +374,7 @@ def model_of(base: gguf_io.Header) -> Model:
     """A model by its base."""
     names = {"token_embd.weight", "per_layer_token_embd.weight"}
     embedding = sum(tensor.n_elements for tensor in base.tensors if tensor.name in names)
-    return Model(base.n_elements, embedding, 0, 0)
+    token_embd = base.by_name.get("token_embd.weight")
+    has_logits = base.get("general.architecture") not in gemma.WITHOUT_LOGITS
+    n_vocab = token_embd.shape[-1] if token_embd and has_logits else 0
+    return Model(base.n_elements, embedding, 0, 0, n_vocab=n_vocab)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gemma_gguf import convert, doctor, factory, gguf_io, llama_cpp, quantize, recipes, source, survey
-from gemma_gguf.doctor import Account, Check, Facts, Model, Need, Package, Refused, Room
+from gemma_gguf import convert, doctor, factory, gguf_io, kernel_check, llama_cpp, quantize, recipes, source, survey
+from gemma_gguf.doctor import Account, Check, Facts, KernelState, Model, Need, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.session import Options, Report
@@ -102,6 +103,54 @@ JUDGED: Mapping[str, tuple[Facts, tuple[str, str, str, str | None]]] = {
             "fail",
             "--backend cuda needs nvcc, which is not installed",
             "Install nvcc, or use --backend cpu.",
+        ),
+    ),
+    "kernels switched off": (
+        Facts(kernels=KernelState(switched_off=True)),
+        ("kernels", "ok", "switched off with --kernels ggml: ggml quantises, several times slower", None),
+    ),
+    "kernels that cannot be compiled": (
+        Facts(kernels=KernelState(lacks=("a C++ compiler", "ninja"))),
+        (
+            "kernels",
+            "warn",
+            "compiling them needs a C++ compiler, ninja: ggml quantises, several times slower",
+            "Install a C++ compiler, and: pip install 'gemma-gguf[build]'",
+        ),
+    ),
+    "kernels not compiled yet": (
+        Facts(kernels=KernelState()),
+        ("kernels", "ok", "not compiled yet; the first run, or `gemma-gguf build`, does it", None),
+    ),
+    "kernels not compared yet": (
+        Facts(kernels=KernelState(compiled=True, lacks=("ninja",))),
+        ("kernels", "ok", "compiled; the first run compares them with this build's ggml", None),
+    ),
+    "kernels for another CPU": (
+        Facts(kernels=KernelState(compiled=True, isa="none")),
+        ("kernels", "ok", "compiled; none is for this CPU (AVX2 or AVX-512): ggml quantises", None),
+    ),
+    "kernels": (
+        Facts(kernels=KernelState(compiled=True, isa="avx2", types=("Q4_K", "Q6_K"))),
+        ("kernels", "ok", "avx2, 2 types: Q4_K, Q6_K", None),
+    ),
+    "a kernel that is off": (
+        Facts(kernels=KernelState(compiled=True, isa="avx2", types=("Q4_K",), off={"Q6_K": "3 bytes differ"})),
+        (
+            "kernels",
+            "warn",
+            "avx2, 1 types: Q4_K. Switched off, ggml quantises: Q6_K: 3 bytes differ",
+            "The files are the same, and take longer; after an update of gemma-gguf or the compiler look again.",
+        ),
+    ),
+    "an evaluation that the budget does not allow": (
+        Facts(eval_bytes=9 * GB, eval_disk_budget=8 * GB),
+        (
+            "evaluation",
+            "warn",
+            "the base's distributions take up to 9,000,000,000 bytes, --eval-disk-budget allows 8,000,000,000: "
+            "the base may run again beside every file",
+            "Allow more, or measure on less text: --eval-chunks N.",
         ),
     ),
     "something refused": (
@@ -368,6 +417,52 @@ def test_sizes_of_stages() -> None:
     assert needs(held=10**12)["quantize"] == ("out", 0, 0)
 
 
+def test_the_evaluation_is_counted_where_it_is_kept() -> None:
+    """It comes after the proof, whose file has gone by then, and never fills the disk."""
+    assert needs(eval_bytes=5 * GB)["evaluate"] == ("out", 0, 5 * GB)
+    quants, proof = Need("quantize", "out", 10 * GB, 20 * GB), Need("proof", "out", 1 * GB, 2 * GB)
+
+    def told(n_evaluate: int) -> list[tuple[str, str, str, str | None]]:
+        facts = Facts(
+            needs=(quants, proof, Need("evaluate", "out", 0, n_evaluate)), rooms={"out": OUT}, eval_bytes=n_evaluate
+        )
+        facts = replace(facts, eval_disk_budget=n_evaluate)
+        return [verdict for verdict in verdicts(facts) if verdict[0] != "writing"]
+
+    assert told(5 * GB) == [
+        (
+            "disk",
+            "ok",
+            "11,000,000,000 to 25,000,000,000 bytes at the peak in /o/out (quantize 10,000,000,000 to 20,000,000,000, "
+            "proof 1,000,000,000 to 2,000,000,000, evaluate 0 to 5,000,000,000); 100,000,000,000 are free",
+            None,
+        )
+    ]
+    assert told(1 * GB)[0][2].startswith("11,000,000,000 to 22,000,000,000 bytes at the peak")
+    disk, evaluation = told(79_500_000_000)  # a reserve stays free
+    assert disk[:2] == ("disk", "ok")
+    assert disk[2].startswith("11,000,000,000 to 22,000,000,000 bytes at the peak")
+    assert "evaluate" not in disk[2]
+    assert evaluation == (
+        "evaluation",
+        "warn",
+        "the base's distributions, up to 79,500,000,000 bytes, may not fit beside the set: "
+        "then the base runs again beside every file",
+        "Make room, or measure on less text: --eval-chunks N.",
+    )
+
+
+def test_overrides_count_in_what_a_file_takes() -> None:
+    """A recipe of the user's own may be smaller than its ftype, and larger."""
+    embedding = replace(Q6, name="A", flags=("--token-embedding-type", "q3_k"))
+    assert doctor.quant_bytes(embedding, MODEL)[0] == int((300e6 * 3.4375 + 700e6 * 6.5625) / 8)
+    assert doctor.quant_bytes(embedding, MODEL)[1] == doctor.quant_bytes(Q6, MODEL)[1]
+    smaller = replace(Q6, name="B", flags=("--tensor-type", "ffn=q2_k"))
+    assert doctor.quant_bytes(smaller, MODEL) == (int(1e9 * 2.625 / 8), doctor.quant_bytes(Q6, MODEL)[1])
+    larger = replace(Q4, name="C", flags=("--tensor-type", "ffn=f32"))
+    assert doctor.quant_bytes(larger, MODEL) == (doctor.quant_bytes(Q4, MODEL)[0], int(1e9 * 32 / 8))
+
+
 def test_in_waves_the_largest_file_must_fit() -> None:
     facts = Facts(
         needs=(Need("quantize", "out", 30, 40), Need("convert", "out", 5, 5)), sizes={"Q4_K_M": 10, "Q6_K": 20}
@@ -423,7 +518,11 @@ def test_facts_of_a_local_checkpoint(build: Build, text_checkpoint: Path, elsewh
     assert facts.model.n_embedding == 376 * 256
     assert [recipe.name for recipe in facts.wanted] == ["Q4_K_M", "bf16"]
     assert list(facts.sizes) == ["Q4_K_M"]
-    assert {need.stage for need in facts.needs} == {"convert", "imatrix", "quantize", "proof"}
+    assert {need.stage: need.high for need in facts.needs}.keys() == {
+        *("convert", "imatrix", "quantize", "proof", "evaluate")
+    }
+    # 20 conversations of 512 tokens over 376 tokens of vocabulary, 16 bits each, and 20 bytes a row.
+    assert facts.eval_bytes == facts.needs[-1].high == 20 * 512 * (2 * 376 + 20)
     assert facts.rooms["out"].path == elsewhere.resolve() / "out"
     assert facts.rooms["out"].existing == elsewhere.resolve()
     assert facts.memory == (psutil.virtual_memory().total, facts.memory[1] if facts.memory else 0)
@@ -433,6 +532,63 @@ def test_facts_of_a_local_checkpoint(build: Build, text_checkpoint: Path, elsewh
 def test_facts_of_a_finished_set(finished: Report, set_options: Options) -> None:
     facts = survey.look(set_options)
     assert (facts.needs, facts.sizes, facts.converter_lacks, facts.workers) == ((), {}, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "n_bytes"),
+    [
+        pytest.param({"eval_chunks": 3}, 3 * 512 * (2 * 376 + 20), id="depth"),
+        pytest.param({"evaluate": False}, 0, id="none"),
+        pytest.param({"until": "quantize"}, 0, id="ends before"),
+        pytest.param({"llama_cpp": "git:b9999"}, 0, id="no bindings"),
+    ],
+)
+def test_what_the_evaluation_of_a_run_keeps(
+    given: dict[str, Any], n_bytes: int, text_checkpoint: Path, elsewhere: Path
+) -> None:
+    facts = survey.look(Options(str(text_checkpoint), recipes=("Q4_K_M",), **given))
+    assert facts.eval_bytes == n_bytes
+    assert ("evaluate" in {need.stage for need in facts.needs}) == (n_bytes > 0)
+    over = survey.look(Options(str(text_checkpoint), recipes=("Q4_K_M",), eval_disk_budget=n_bytes - 1, **given))
+    assert "evaluate" not in {need.stage for need in over.needs}
+
+
+def test_the_kernels_of_this_machine(build: Build, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cache has them, from nothing to a type that is off; looking compiles and compares nothing."""
+    made = llama_cpp.build_kernels()
+
+    def seen(**given: Any) -> KernelState | None:
+        return survey.look(Options("", **given), thorough=True).kernels
+
+    monkeypatch.setattr(survey, "_account", lambda: None)
+    path, _ = kernel_check.remembered(build, made)
+    results = {path: {"isa": "avx2", "types": ["Q4_0"], "off": {"Q6_K": "why"}}}
+    monkeypatch.setattr(kernel_check, "remembered", lambda b, m: (path, results.get(path, {}) if b == build else {}))
+    assert seen() == KernelState(compiled=True, isa="avx2", types=("Q4_0",), off={"Q6_K": "why"})
+    results.clear()
+    assert seen() == KernelState(compiled=True)
+    assert seen(llama_cpp="git:b1") == KernelState(compiled=True)
+    assert seen(kernels="ggml") == KernelState(switched_off=True)
+    monkeypatch.setenv("GEMMA_GGUF_CACHE", str(elsewhere / "cache"))
+    assert seen() == KernelState()
+    monkeypatch.setattr(survey, "_program", lambda name: None)
+    assert seen() == KernelState(lacks=("cmake", "ninja"))
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_directory_with_the_set_of_another_model(
+    finished: Report, set_options: Options, vision_checkpoint: Path, elsewhere: Path
+) -> None:
+    """Where files begin with the model's name alone, two organisations' models can meet in one place."""
+    (elsewhere / "tiny-vision-GGUF").mkdir()
+    shutil.copy(finished.set_dir / "quantset.json", elsewhere / "tiny-vision-GGUF")
+    options = replace(set_options, out=elsewhere, naming="model")
+    with pytest.raises(BadInputError) as caught:
+        survey.refuse_what_cannot_work(replace(options, name="other/tiny-vision"))
+    assert caught.value.what == (
+        f"{elsewhere.resolve()}/tiny-vision-GGUF is the set of test/tiny-vision, not of other/tiny-vision"
+    )
+    survey.refuse_what_cannot_work(options)
 
 
 def test_a_vision_models_projector_is_counted(build: Build, vision_checkpoint: Path, elsewhere: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from gemma_gguf import cli, factory, manifest, recipes, settings
+from gemma_gguf import cli, factory, gguf_io, manifest, planning, proof, recipes, settings
 from gemma_gguf.card import THEMES
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.recipes import Recipe
@@ -174,8 +175,8 @@ def test_every_key_is_documented() -> None:
     table = README.partition("## What you set once")[2].partition("## What you get")[0]
     for key in (*settings.KEYS, *CustomRecipe.model_fields):
         assert re.search(rf"\b{key}\b", table), key
-    (example,) = re.findall(r"```toml\n(.*?)```", table, re.S)
-    assert 'name = "Q4_K_DOWN6"' in example
+    for key in ("model", "name", "imatrix", "base", "reference", "repo"):
+        assert re.search(rf"\b{key}\b", table), key
 
 
 def test_the_readmes_example_can_be_read(here: Path) -> None:
@@ -391,3 +392,126 @@ def test_choices_of_the_options_are_those_of_the_settings() -> None:
         for choice in kind.choices:
             assert Settings.model_validate({name: choice}) != Settings()
     assert THEMES == ("modern", "classic")
+
+
+# --- recipes of the user's own, on a real build -------------------------------------------------------------------
+
+OWN_STEM = "test_tiny-vision"
+
+
+def custom(name: str, ftype: str, *tensor_types: str, **given: str) -> Recipe:
+    return CustomRecipe.model_validate(
+        {"name": name, "ftype": ftype, "tensor_types": [*tensor_types], **given}
+    ).recipe()
+
+
+@pytest.fixture
+def own_options(finished: Report, set_options: Options, tmp_path: Path) -> Options:
+    """A set of two built-in rows and two of the user's own, from the finished set's base and imatrix.
+
+    Between them: a type for some tensors, one that no mix has, two that are no quants, a regular expression of
+    llama.cpp's, an embedding of another type.
+    """
+    return replace(
+        set_options,
+        out=tmp_path / "out",
+        base=finished.set_dir / f"{OWN_STEM}-bf16.gguf",
+        imatrix=finished.set_dir / f"{OWN_STEM}-imatrix.gguf",
+        recipes=("Q4_K_M", "IQ2_OWN", "Q4_K_DOWN6"),
+        custom=(
+            custom(
+                "Q4_K_DOWN6", "Q4_K_M", "ffn_down=q6_k", "attn_v=f16", token_embedding_type="Q8_0", about="Mine | *"
+            ),
+            custom("IQ2_OWN", "IQ2_XS", r"BLK\.[02]\.attn_(q|k)=iq4_nl", "ffn_gate=bf16"),
+            custom("NOT_ASKED", "Q4_0", "ffn_down=q8_0"),
+        ),
+    )
+
+
+def types_of(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.ggml_type.name for tensor in gguf_io.read_header(path).tensors}
+
+
+def test_custom_recipes_go_through_plan_engine_proof_and_card(own_options: Options, finished: Report) -> None:
+    planned = planning.plan_set(own_options)
+    report = factory.run(own_options)
+    made = manifest.load(report.set_dir)
+    sizes = {entry.recipe: entry.n_bytes for entry in made.files if entry.recipe}
+    assert list(sizes) != []
+    assert {row.recipe: row.n_bytes for row in planned.files} == sizes
+    assert made.recipes == ["Q4_K_M", "Q4_K_DOWN6", "IQ2_OWN"]
+    assert [own.name for own in made.custom_recipes] == ["Q4_K_DOWN6", "IQ2_OWN"]
+
+    parent = types_of(finished.set_dir / f"{OWN_STEM}-Q4_K_M.gguf")
+    down6 = types_of(report.set_dir / f"{OWN_STEM}-Q4_K_DOWN6.gguf")
+    changed = {name: kind for name, kind in down6.items() if parent[name] != kind}
+    every = {
+        f"blk.{layer}.{name}.weight": kind
+        for layer in range(3)
+        for name, kind in (("ffn_down", "Q6_K"), ("attn_v", "F16"))
+    }
+    same = {name for name, kind in every.items() if parent[name] == kind}  # Q4_K_M has some at Q6_K already
+    assert changed == {name: kind for name, kind in every.items() if name not in same} | {"token_embd.weight": "Q8_0"}
+    iq2 = types_of(report.set_dir / f"{OWN_STEM}-IQ2_OWN.gguf")
+    assert [iq2[f"blk.{layer}.attn_q.weight"] for layer in range(3)] == ["IQ4_NL", "IQ2_XS", "IQ4_NL"]
+    assert {iq2[f"blk.{layer}.ffn_gate.weight"] for layer in range(3)} == {"BF16"}
+
+    # llama-quantize, with the same flags, makes the same bytes.
+    assert sorted(proof.prove_set(report.set_dir)) == ["IQ2_OWN", "Q4_K_DOWN6", "Q4_K_M"]
+    entry = made.file(f"{OWN_STEM}-Q4_K_DOWN6.gguf")
+    assert entry is not None
+    assert "--tensor-type ffn_down=q6_k --tensor-type attn_v=f16 --token-embedding-type Q8_0" in " ".join(entry.argv)
+
+    card = (report.set_dir / "README.md").read_text()
+    assert r"Mine \| \*." in card
+    assert "IQ2_XS with BLK" in card
+    (block,) = re.findall(r"```toml\n(.*?)```", card, re.S)
+    assert "--recipes Q4_K_M,IQ2_OWN,Q4_K_DOWN6" in card
+    read = Settings.model_validate(tomllib.loads(block))
+    assert read.custom == own_options.custom[:2]
+
+    # A definition that changed makes its file again, and no other one.
+    again = replace(own_options, custom=(custom("Q4_K_DOWN6", "Q4_K_M", "ffn_down=q5_k"), *own_options.custom[1:]))
+    done = factory.run(again).done
+    assert [what.name for what in done if what.made and what.stage == "quantize"] == [entry.name]
+    assert types_of(report.set_dir / entry.name)["blk.0.ffn_down.weight"] == "Q5_K"
+
+    # Not asked for any more, they stay as long as they fit the base and imatrix: nothing else knows how they were made.
+    factory.run(replace(own_options, recipes=("Q4_K_M",), custom=()))
+    kept = manifest.load(report.set_dir)
+    assert {entry.recipe for entry in kept.files if entry.recipe} == {"Q4_K_M", "Q4_K_DOWN6", "IQ2_OWN"}
+    assert kept.custom_recipes == []
+    assert sorted(proof.prove_set(report.set_dir)) == ["IQ2_OWN", "Q4_K_DOWN6", "Q4_K_M"]
+
+
+def test_types_of_a_pattern_are_those_of_llama_quantize(own_options: Options) -> None:
+    """What is refused beforehand is what llama.cpp would do: the same pattern wins."""
+    report = factory.run(
+        replace(
+            own_options,
+            recipes=("EMB",),
+            custom=(custom("EMB", "Q4_0", "ToKen=q6_k", "token_embd=q8_0", token_embedding_type="q5_k"),),
+            engine="llama-quantize",
+        )
+    )
+    own = own_options.custom[0]
+    emb = custom("EMB", "Q4_0", "ToKen=q6_k", "token_embd=q8_0", token_embedding_type="q5_k")
+    made = types_of(report.set_dir / f"{OWN_STEM}-EMB.gguf")
+    assert made["token_embd.weight"] == settings.type_of(emb, "token_embd.weight") == "Q6_K"
+    assert settings.type_of(own, "token_embd.weight") == "Q8_0"
+
+
+def test_the_stem_without_the_organisation(own_options: Options) -> None:
+    """One place decides how files begin: directory, quants, imatrix, projectors, card and its links follow."""
+    report = factory.run(replace(own_options, recipes=("Q4_0",), naming="model", proof=False))
+    assert report.set_dir.name == "tiny-vision-GGUF"
+    made = manifest.load(report.set_dir)
+    names = {entry.name for entry in made.files}
+    assert made.stem == "tiny-vision"
+    assert names == {"tiny-vision-Q4_0.gguf", "tiny-vision-imatrix.gguf"}
+    card = (report.set_dir / "README.md").read_text()
+    assert "--naming model" in card
+    assert "](./tiny-vision-Q4_0.gguf)" in card
+    assert "test_tiny-vision" not in card
+    for path in report.set_dir.glob("*.gguf"):
+        assert b"test_tiny-vision" not in path.read_bytes()
