@@ -87,12 +87,20 @@ def campaign(checkpoint: Path, directory: Path, kills: int, seed: int) -> None:
                 target = family[0] if rng.random() < 0.5 else rng.choice(family)
                 stage = stage_of((out / "talk").read_text(errors="replace"))
                 try:
+                    struck = f"{stage}, {' '.join(target.cmdline())[-200:]}"
                     os.kill(target.pid, signal.SIGKILL)
-                except ProcessLookupError:
+                except (ProcessLookupError, psutil.NoSuchProcess):
                     continue
                 hit += 1
                 stages[stage] += 1
-            if driver.wait(timeout=300) == 0:
+            try:
+                code = driver.wait(timeout=300)
+            except subprocess.TimeoutExpired:
+                left = [" ".join(p.cmdline())[-200:] for p in psutil.Process(driver.pid).children(recursive=True)]
+                pytest.fail(
+                    f"seed {seed}, kill {hit} ({struck}): no end; children {left}; {(out / 'talk').read_text()}"
+                )
+            if code == 0:
                 assert contents(out) == expected, f"seed {seed}, after {hit} kills"
                 finished += 1
                 shutil.rmtree(out)
