@@ -7,13 +7,14 @@ worst it can do is to end in one clear error.
 """
 
 import json
+import signal
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from gemma_gguf import llama_cpp
-from gemma_gguf.errors import BadInputError
+from gemma_gguf.errors import BadInputError, KilledError
 
 Message = Mapping[str, Any]
 
@@ -23,6 +24,10 @@ MAX_TEMPLATE_BYTES = 1_000_000  # the longest of Google's has 20 kB
 MAX_BYTES = 256_000  # of one rendered conversation
 WAIT_SECONDS = 60.0  # beyond the computing: a busy machine is no fault of the template
 NEXT_STEP = "Mend the chat template of the checkpoint (chat_template.jinja or tokenizer_config.json)."
+
+
+class RefusedError(BadInputError):
+    """The template itself says that it cannot render this conversation."""
 
 
 def render(
@@ -70,8 +75,9 @@ def render_many(
     is what `strftime_now` tells, by default the present: give it where a result must not change with the day.
     `seconds` bounds the computing for all conversations together, `max_bytes` the UTF-8 length of each result.
 
-    Raises `BadInputError` with the template's line when it is no valid template, refuses the conversation
-    (`raise_exception`), reaches for what the sandbox keeps from it, or exceeds a limit.
+    Raises `RefusedError` with the template's line when it is no valid template, refuses the conversation
+    (`raise_exception`) or reaches for what the sandbox keeps from it, `BadInputError` when it exceeds a limit, and
+    `KilledError` when the process was killed from outside, or did not get to compute: that tells nothing of a template.
     """
     n_bytes = len(template.encode("utf-8", errors="surrogatepass"))
     if n_bytes > MAX_TEMPLATE_BYTES:
@@ -92,13 +98,20 @@ def render_many(
     code, output = llama_cpp.ask_confined(
         "gemma_gguf.sandbox", [str(seconds), str(MEMORY)], json.dumps(request), wait_seconds=seconds + WAIT_SECONDS
     )
+    if code is None or code == -signal.SIGKILL:
+        happened = "was killed" if code else f"did not end within {seconds + WAIT_SECONDS:g} s"
+        raise KilledError(
+            f"the process that renders the chat template {happened}",
+            next_step="Run the same command again, when the machine has memory and computing time to spare.",
+        )
     try:
         said = json.loads(output)
     except ValueError:
-        said = {"problem": "time" if code is None else "crash", "line": None, "message": ""}
+        said = {"problem": "time" if code == -signal.SIGXCPU else "crash", "line": None, "message": ""}
     if "texts" in said:
         return [str(text) for text in said["texts"]]
-    raise BadInputError(_what(said, seconds, max_bytes), next_step=NEXT_STEP)
+    error = RefusedError if said["problem"] == "error" else BadInputError
+    raise error(_what(said, seconds, max_bytes), next_step=NEXT_STEP)
 
 
 def _what(said: Mapping[str, Any], seconds: float, max_bytes: int) -> str:

@@ -32,6 +32,11 @@ class ToolFailedError(GemmaGGUFError):
     """A child process ended badly, or ended well without doing what it was asked."""
 
 
+class KilledError(ToolFailedError):
+    """A child process was killed from outside (SIGKILL: a person, or a machine short of memory); it says nothing of
+    what the child was asked, so nothing may be concluded from it."""
+
+
 class VerificationError(GemmaGGUFError):
     """A file is not what was planned; it never gets its final name."""
 

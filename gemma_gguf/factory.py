@@ -33,7 +33,7 @@ from gemma_gguf import (
     survey,
     verify,
 )
-from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, KilledError, ToolFailedError, VerificationError
 from gemma_gguf.files import (
     copy,
     link_or_copy,
@@ -206,6 +206,8 @@ def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory
     try:
         logs = llama_cpp.ask_bindings(state.build, "contexts", state.base, None, state.log, settings=asked)["logs"]
         return [memory.parse_context_log(n_ctx, logs[str(n_ctx)]) for n_ctx in lengths]
+    except KilledError:
+        raise  # it could be asked, and the same command asks again
     except ToolFailedError as error:
         state.log.note(f"what contexts take is estimated: {error.what}")
         return []

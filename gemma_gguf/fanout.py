@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
@@ -44,6 +44,7 @@ SHARED_TASK_ELEMENTS = 1 << 22  # larger tasks have fewer edges
 TASKS_AHEAD = 4  # handed to the executor per worker, so that none waits for the driver
 # Anonymous memory of one worker: interpreter, numpy, ggml's tables and the arrays of one task (measured: 45 MB).
 WORKER_BYTES = 64_000_000
+T = TypeVar("T")
 MAX_MEMORY = 3_000_000_000  # of all workers together, whatever the model's size
 SYNC_SECONDS = 60.0
 DASK_SECONDS = 10  # to wait for a scheduler
@@ -411,6 +412,17 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_a_worker(directory: Path, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What one call gives in a worker process of its own, so that an abort inside ggml ends in one clear error."""
+    try:
+        with local_executor(1, directory) as pool:
+            return pool.submit(function, *args, **kwargs).result()
+    except BrokenProcessPool as error:
+        raise ToolFailedError(
+            "the process that works with ggml died", next_step="Run the same command again; is there enough memory?"
+        ) from error
 
 
 @contextlib.contextmanager

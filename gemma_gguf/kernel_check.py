@@ -112,8 +112,7 @@ def check(
     make_directory(directory)
     names = [kind.name for kind in KERNEL_TYPES]
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        with fanout.local_executor(1, Path(scratch)) as pool:
-            version, isa = pool.submit(_identity, str(made.library)).result()
+        version, isa = fanout.in_a_worker(Path(scratch), _identity, str(made.library))
         found: dict[str, str | None] = {}
         if isa != "none":
             found = _compare_all(

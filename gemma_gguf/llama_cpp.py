@@ -31,7 +31,7 @@ from typing import IO, Any
 import platformdirs
 import psutil
 
-from gemma_gguf.errors import BadInputError, DiskError, MissingToolError, ToolFailedError
+from gemma_gguf.errors import BadInputError, DiskError, KilledError, MissingToolError, ToolFailedError
 from gemma_gguf.files import locked, open_log, sha256_bytes, sha256_json, sha256_tree, write_atomic
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.redact import HUB_TOKENS, Redactor, known_secrets
@@ -216,7 +216,8 @@ def run_tool(
     if code not in ok_codes:
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         last = log.redactor.text("\n".join(output.strip().splitlines()[-TAIL_LINES:]))
-        raise ToolFailedError(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
+        kind = KilledError if code == -signal.SIGKILL else ToolFailedError
+        raise kind(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
     return ToolRun(words, output, seconds, peak_memory)
 
 

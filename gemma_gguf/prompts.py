@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+from gemma_gguf.chat import RefusedError
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import PromptExample, PromptFacts
 
-# (template, messages, tools) -> the prompt; raises `BadInputError` where the template refuses.
+# (template, messages, tools) -> the prompt; raises `RefusedError` where the template refuses.
 Render = Callable[[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]] | None], str]
 
 MAX_CHARACTERS = 6000  # of one example; Google's longest, with a tool, has 1200
@@ -62,7 +63,7 @@ def prompt_facts(template: str, render: Render) -> PromptFacts:
     for kind, mark, messages, tools in trials:
         try:
             text = render(template, messages, tools)
-        except BadInputError:
+        except RefusedError:
             continue  # as Gemma 2's: "System role not supported"
         if mark in text and mark not in plain and USER in text:
             examples.append(_example(kind, text))

@@ -158,14 +158,14 @@ def _set_limits(seconds: float, n_bytes: int) -> None:
 
         whole = int(seconds) + 1 + KILL_SECONDS
         for name, limit in (
-            ("RLIMIT_AS", n_bytes),
-            ("RLIMIT_CPU", whole),
-            ("RLIMIT_FSIZE", 0),
-            ("RLIMIT_NPROC", 0),
-            ("RLIMIT_CORE", 0),
+            ("RLIMIT_AS", (n_bytes, n_bytes)),
+            ("RLIMIT_CPU", (whole, whole + 1)),  # ends by SIGXCPU, which cannot be taken for a kill from outside
+            ("RLIMIT_FSIZE", (0, 0)),
+            ("RLIMIT_NPROC", (0, 0)),
+            ("RLIMIT_CORE", (0, 0)),
         ):
             with contextlib.suppress(ValueError, OSError, AttributeError):
-                resource.setrlimit(getattr(resource, name), (limit, limit))
+                resource.setrlimit(getattr(resource, name), limit)
     with contextlib.suppress(AttributeError):
         signal.signal(signal.SIGPROF, up)
         signal.setitimer(signal.ITIMER_PROF, seconds)

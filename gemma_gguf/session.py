@@ -499,10 +499,10 @@ def speeds_for(state: Run, plans: Sequence[FilePlan], using: Checked | None = No
     missing = sorted(set(plan.work_of(plans).distinct) - set(known))
     if missing:
         state.progress("measuring the quantisers' speed", 0, len(missing), "types")
-        with fanout.local_executor(1, state.work) as pool:
-            known |= pool.submit(
-                tasks.measure_speeds, str(state.build.bin_dir), missing, kernels=using.kernels if using else None
-            ).result()
+        kernels = using.kernels if using else None
+        known |= fanout.in_a_worker(
+            state.work, tasks.measure_speeds, str(state.build.bin_dir), missing, kernels=kernels
+        )
         tasks.clear_slots(state.work)
         write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
     return known

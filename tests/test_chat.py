@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from gemma_gguf import chat, llama_cpp
-from gemma_gguf.errors import BadInputError
+from gemma_gguf.errors import BadInputError, KilledError
 from gemma_gguf.llama_cpp import Build
+from gemma_gguf.prompts import prompt_facts
 from tests import checkpoints, gemma4
 
 USER = {"role": "user", "content": " What is 2+2? "}
@@ -412,3 +413,22 @@ def test_the_process_knows_no_secret_and_writes_no_file(monkeypatch: pytest.Monk
     }
     assert found["file"] == "File too large"
     assert (tmp_path / "written").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        pytest.param((-9, b""), "was killed", id="killed"),
+        pytest.param((None, b""), "did not end within 65 s", id="no time to compute"),
+    ],
+)
+def test_a_process_that_is_killed_says_nothing_of_the_template(
+    ending: tuple[int | None, bytes], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not be taken for a template without a place for a system prompt."""
+    monkeypatch.setattr(llama_cpp, "ask_confined", lambda *_, **__: ending)
+    with pytest.raises(KilledError) as caught:
+        rendered("{{ messages }}")
+    assert caught.value.what == f"the process that renders the chat template {message}"
+    with pytest.raises(KilledError):
+        prompt_facts("x", lambda template, messages, tools: rendered(template))
