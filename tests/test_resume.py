@@ -1,5 +1,6 @@
 """`kill -9` at any moment of any stage, then the same command: the same bytes as an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -79,6 +80,7 @@ def campaign(checkpoint: Path, directory: Path, kills: int, seed: int) -> None:
         hit = finished = 0
         stages: Counter[str] = Counter()
         out = directory / "disturbed"
+        struck = "none"
         while hit < kills:
             driver = begin(out)
             time.sleep(rng.uniform(0.2, whole))
@@ -86,13 +88,12 @@ def campaign(checkpoint: Path, directory: Path, kills: int, seed: int) -> None:
                 family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
                 target = family[0] if rng.random() < 0.5 else rng.choice(family)
                 stage = stage_of((out / "talk").read_text(errors="replace"))
-                try:
+                struck = f"{stage}, process {target.pid}"
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):  # it ended by itself
                     struck = f"{stage}, {' '.join(target.cmdline())[-200:]}"
                     os.kill(target.pid, signal.SIGKILL)
-                except (ProcessLookupError, psutil.NoSuchProcess):
-                    continue
-                hit += 1
-                stages[stage] += 1
+                    hit += 1
+                    stages[stage] += 1
             try:
                 code = driver.wait(timeout=300)
             except subprocess.TimeoutExpired:
