@@ -83,14 +83,20 @@ def read(path: Path, base: Settings) -> tuple[Item, ...]:
     items: list[Item] = []
     for number, entry in enumerate(found.models, start=1):
         own = entry.over(common)
-        item = Item(entry.model, options_of(entry, own))
+        item = Item(_label(entry.model), options_of(entry, own))
         wrong = [*settings.conflicts(own), *_problems(item.options)]
-        problems += [f"models[{number}] ({entry.model}): {problem}" for problem in wrong]
+        problems += [f"models[{number}] ({item.label}): {problem}" for problem in wrong]
         items.append(item)
     problems += _same_set(items)
     if problems:
         raise settings.refusal(path, problems)
     return tuple(items)
+
+
+def _label(model: str) -> str:
+    """A directory as it is seen from the working directory, where it lies below it."""
+    below = Path(model).is_absolute() and Path(model).is_relative_to(Path.cwd())
+    return str(Path(model).relative_to(Path.cwd())) if below else model
 
 
 def options_of(entry: Entry, own: Settings) -> Options:

@@ -390,13 +390,19 @@ def _unfit(recipe: Recipe, others: Iterable[str]) -> Iterable[str]:
 
 
 def type_of(recipe: Recipe, tensor: str) -> str | None:
-    """What type a recipe's flags give a tensor: as in llama.cpp, the first pattern found in its name counts."""
+    """What type a recipe's flags give a tensor (llama.cpp, src/llama-quant.cpp, llama_tensor_get_type).
+
+    The first pattern that is found in its name counts; --token-embedding-type goes before patterns for the one tensor,
+    and after them for the per-layer embedding.
+    """
+    embedding = dict(recipe.overrides).get("--token-embedding-type")
+    if tensor == EMBEDDINGS[0] and embedding is not None:
+        return embedding
     for option, value in zip(recipe.flags[::2], recipe.flags[1::2], strict=True):
         pattern, _, kind = value.rpartition("=")
         if option == "--tensor-type" and re.search(pattern.lower(), tensor):
             return kind.upper()
-    options = dict(recipe.overrides)
-    return options.get("--token-embedding-type") if tensor in EMBEDDINGS else None
+    return embedding if tensor in EMBEDDINGS else None
 
 
 def _unknown(where: str, names: Iterable[str], own: Sequence[Recipe]) -> list[str]:

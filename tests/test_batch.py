@@ -311,10 +311,10 @@ def test_three_models_one_of_them_broken(build: Build, tmp_path: Path, monkeypat
     done = call("batch", "models.toml", "--json")
     assert done.exit_code == 1, done.stderr
     told = json.loads(done.stdout)
-    assert [(model["complete"], model["made"] > 0) for model in told["models"]] == [
-        (True, True),
-        (False, False),
-        (True, True),
+    assert [(model["model"], model["complete"], model["made"] > 0) for model in told["models"]] == [
+        ("first", True, True),
+        ("broken", False, False),
+        ("last", True, True),
     ]
     assert "NaN" in told["models"][1]["error"]
     assert Path(told["models"][1]["log"]).is_file()

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 
 from gemma_gguf import card, manifest, recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import FileEntry, Manifest, Sampling
+from gemma_gguf.manifest import CustomRecipe, FileEntry, Manifest, Sampling
 from tests.examples import COMMIT, FRONT_MATTER, IMATRIX, STEM, evidence, example, model_entry, sha
 
 # --- helpers -------------------------------------------------------------------------------------------------------
@@ -453,6 +453,53 @@ def test_page_has_one_title_and_whole_tables(theme: str, language: str) -> None:
     assert tags.count("td") == 7 * 9 + 1 * 5 + 6 * 7 + 8 * 3 + n_rows * n_columns
     assert tags.count("th") == 9 + 5 + 7 + 3 + n_columns
     assert tags.count("details") == tags.count("summary")
+
+
+# --- recipes of the maintainer's own -------------------------------------------------------------------------------
+
+
+@every_theme
+def test_a_recipe_of_ones_own_has_a_row_and_a_definition(theme: str) -> None:
+    """One that is made, and one that was asked for and is not: both can be made again with what the card says."""
+    made = example()
+    files = [
+        entry.model_copy(
+            update={
+                "recipe": "Q4_0_OWN",
+                "name": f"{STEM}-Q4_0_OWN.gguf",
+                "about": 'Mine, "so" | to say',
+                "flags": ["--tensor-type", r"blk\.0\.ffn=q8_0", "--tensor-type", "attn_v=f16"],
+            }
+        )
+        if entry.recipe == "Q4_0"
+        else entry
+        for entry in made.files
+    ]
+    asked = CustomRecipe(name="LATER", ftype="Q6_K", about="Not yet", flags=["--token-embedding-type", "q8_0"])
+    names = ["Q4_0_OWN" if name == "Q4_0" else name for name in made.recipes]
+    made = made.model_copy(update={"files": files, "recipes": [*names, "LATER"], "custom_recipes": [asked]})
+    body = _body(made, theme=theme)
+    rows = {row[0]: row[-1] for row in _cells(body, "Status")[1:]}
+    assert rows[f"{STEM}-LATER.gguf"] == "Not yet."
+    assert r'Mine, "so" \| to say.' in body
+    assert _blocks(body, "toml") == [
+        '[[custom_recipes]]\nname = "LATER"\nftype = "Q6_K"\ntoken_embedding_type = "q8_0"\nabout = "Not yet"\n\n'
+        '[[custom_recipes]]\nname = "Q4_0_OWN"\nftype = "Q4_0"\n'
+        'tensor_types = ["blk\\\\.0\\\\.ffn=q8_0", "attn_v=f16"]\nabout = "Mine, \\"so\\" | to say"\n'
+    ]
+    assert "Recipes of our own, in `gemma-gguf.toml`:" in body
+    assert "LATER,Q4_0_OWN" in card.reproduce_command(made)
+
+
+@every_theme
+def test_without_recipes_of_ones_own_there_is_no_word_of_them(theme: str) -> None:
+    assert "gemma-gguf.toml" not in _body(example(), theme=theme)
+
+
+@pytest.mark.parametrize(("stem", "told"), [(STEM, ""), ("gemma-3-4b-it", " --naming model")])
+def test_the_command_that_makes_a_set_again_names_its_files_alike(stem: str, told: str) -> None:
+    command = card.reproduce_command(example().model_copy(update={"stem": stem}))
+    assert command.startswith(f"gemma-gguf run google/gemma-3-4b-it@{COMMIT}{told} --llama-cpp ")
 
 
 # --- a set that is not whole ---------------------------------------------------------------------------------------

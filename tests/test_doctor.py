@@ -14,7 +14,19 @@ from typing import Any
 import psutil
 import pytest
 
-from gemma_gguf import convert, doctor, factory, gguf_io, kernel_check, llama_cpp, quantize, recipes, source, survey
+from gemma_gguf import (
+    convert,
+    doctor,
+    factory,
+    gguf_io,
+    kernel_check,
+    llama_cpp,
+    quantize,
+    recipes,
+    settings,
+    source,
+    survey,
+)
 from gemma_gguf.doctor import Account, Check, Facts, KernelState, Model, Need, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
 from gemma_gguf.llama_cpp import Build, RunLog
@@ -493,6 +505,18 @@ def test_which_recipes_need_an_imatrix(build: Build, finished: Report, log: RunL
             if "will require an imatrix" in llama_cpp.run_tool(argv, log=log, cwd=tmp_path).output:
                 need.add(recipe.ftype)
     assert need == recipes.NEED_IMATRIX
+
+
+def test_which_types_need_an_imatrix(build: Build, finished: Report, log: RunLog, tmp_path: Path) -> None:
+    """The same of overrides: asked of llama-quantize for every type that a recipe may name."""
+    need = set()
+    base = finished.set_dir / f"{STEM}-bf16.gguf"
+    for kind in settings.GGML_TYPES:
+        recipe = recipes.Recipe("OWN", "Q8_0", "Mine", ("--tensor-type", f"ffn_up={kind.lower()}"))
+        argv = quantize.quantize_argv(build, recipe, str(base), None, imatrix=None)
+        if "will require an imatrix" in llama_cpp.run_tool(argv, log=log, cwd=tmp_path).output:
+            need.add(kind)
+    assert need == recipes.NEED_IMATRIX_TYPES
 
 
 # --- the look around, on this machine -----------------------------------------------------------------------------

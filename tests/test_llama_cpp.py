@@ -644,6 +644,33 @@ def test_other_cmake_arguments_are_another_build(made: Made) -> None:
     assert all("-DMORE" in entry["command"].split() for entry in commands)
 
 
+@pytest.mark.parametrize(
+    ("changes", "there"),
+    [
+        pytest.param({}, True, id="the same"),
+        pytest.param({"extra_cmake_args": []}, False, id="fewer arguments"),
+        pytest.param({"extra_cmake_args": [EXPORT, "-DMORE=1"]}, False, id="more arguments"),
+        pytest.param({"compiler": "c++ 1.0"}, False, id="another compiler"),
+        pytest.param({"backend": "cuda"}, False, id="another backend"),
+        pytest.param({"backend": "opencl"}, False, id="no backend"),
+        pytest.param({"spec_text": "pypi:0.0.1"}, False, id="another source"),
+    ],
+)
+def test_a_build_in_the_cache_is_found_without_making_it(changes: dict[str, Any], there: bool, made: Made) -> None:
+    asked: dict[str, Any] = {"spec_text": f"dir:{made.tree}", "backend": "cpu", "compiler": made.build.compiler}
+    found = llama_cpp.find_built(**{**asked, "extra_cmake_args": [EXPORT], **changes})
+    assert found == (made.build if there else None)
+
+
+def test_a_build_of_an_older_version_of_this_package_is_not_taken_for_todays(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another way of building is another key: `build` would make a new one, which takes tools, time and room."""
+    monkeypatch.setattr(llama_cpp, "PROJECT_INCLUDE", "another")
+    asked = {"backend": "cpu", "compiler": made.build.compiler, "extra_cmake_args": [EXPORT]}
+    assert not llama_cpp.is_built(f"dir:{made.tree}", **asked)  # type: ignore[arg-type]
+
+
 def test_what_is_built_or_versioned_in_a_tree_does_not_change_its_key(made: Made) -> None:
     for name in ("build/CMakeCache.txt", "gguf-py/gguf/__pycache__/x.pyc"):
         (made.tree / name).parent.mkdir(parents=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gemma_gguf import manifest
+from gemma_gguf import manifest, recipes
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import (
     FILE_NAME,
@@ -144,6 +144,32 @@ def test_a_manifest_from_before_the_kernels_is_read(tmp_path: Path) -> None:
     raw["schema_version"] = 2
     del raw["kernels"]
     assert _load(tmp_path, raw) == example().model_copy(update={"kernels": None})
+
+
+def test_a_manifest_from_before_custom_recipes_is_read(tmp_path: Path) -> None:
+    """The name alone said how a file was made; one of a type that our table does not have was made of just that."""
+    raw = _raw()
+    raw["schema_version"] = 2
+    del raw["custom_recipes"]
+    for entry in raw["files"]:
+        del entry["ftype"], entry["flags"]
+    assert _load(tmp_path, raw) == example()
+    raw["files"][0] |= {"recipe": "Q9_0", "kind": "model"}
+    assert (_load(tmp_path, raw).files[0].ftype, _load(tmp_path, raw).files[0].flags) == ("Q9_0", [])
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q4_K_L", "bf16"])
+def test_a_file_knows_its_recipe(name: str) -> None:
+    (entry,) = (entry for entry in example().files if entry.recipe == name)
+    assert entry.as_recipe() == recipes.TABLE[name]
+
+
+def test_a_custom_recipe_is_read_back(tmp_path: Path) -> None:
+    raw = _raw()
+    raw["custom_recipes"] = [{"name": "MINE", "ftype": "Q4_0", "about": "Mine", "flags": ["--tensor-type", "a=q8_0"]}]
+    assert json.loads(_load(tmp_path, raw).model_dump_json()) == raw
+    raw["custom_recipes"][0]["name"] = "../MINE"
+    assert "is damaged at custom_recipes.0.name" in _refused(tmp_path, raw).what
 
 
 @pytest.mark.parametrize(("place", "field"), FIELDS)

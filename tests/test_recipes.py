@@ -1,5 +1,7 @@
 """The table of recipes is the reference repositories' list, and the real llama-quantize can make all of it."""
 
+from dataclasses import replace
+
 import pytest
 
 from gemma_gguf.errors import BadInputError
@@ -12,6 +14,7 @@ from gemma_gguf.recipes import (
     ON_REQUEST,
     TABLE,
     Recipe,
+    expand,
     parse_quantize_help,
     select,
 )
@@ -124,6 +127,60 @@ def test_unknown_names_get_the_nearest(name: str, nearest: str) -> None:
         select(["Q8_0", name], OFFERED)
     assert caught.value.what == f"unknown recipe {name!r}"
     assert caught.value.next_step == nearest
+
+
+MINE = Recipe("MINE", "Q4_K_M", "Mine", ("--tensor-type", "ffn_(up|down)=iq2_xs", "--output-tensor-type", "q8_0"))
+
+
+def test_recipes_of_the_users_own_come_after_the_table() -> None:
+    offered = {**OFFERED, "Q2_0": "new"}
+    own = [MINE, replace(MINE, name="OTHER"), replace(MINE, name="NOT_ASKED")]
+    assert _names(select(["q2_0", "other", "IQ1_S", "MINE", "Q8_0"], offered, own)) == [
+        *("Q8_0", "IQ1_S", "MINE", "OTHER", "Q2_0")
+    ]
+    with pytest.raises(BadInputError) as caught:
+        select(["MIN"], offered, own)
+    assert caught.value.next_step == "Nearest: MINE."
+    with pytest.raises(BadInputError, match=r"this llama.cpp build cannot make MINE: its .* does not offer Q4_K_M"):
+        select(["MINE"], {"Q8_0": ""}, own)
+
+
+def test_overrides_are_read_from_the_flags() -> None:
+    assert MINE.overrides == (("--tensor-type", "IQ2_XS"), ("--output-tensor-type", "Q8_0"))
+    assert TABLE["Q4_K_L"].overrides == (("--token-embedding-type", "Q8_0"), ("--output-tensor-type", "Q8_0"))
+    assert TABLE["Q4_K_M"].overrides == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needs"),
+    [
+        (TABLE["Q4_K_M"], False),
+        (TABLE["Q4_K_L"], False),
+        (TABLE["IQ2_XS"], True),
+        (MINE, True),
+        (replace(MINE, flags=("--tensor-type", "ffn=iq4_xs")), False),
+    ],
+    ids=lambda value: value.name if isinstance(value, Recipe) else "",
+)
+def test_what_needs_an_imatrix(recipe: Recipe, needs: bool) -> None:
+    assert recipe.needs_imatrix == needs
+
+
+@pytest.mark.parametrize(
+    ("names", "expanded"),
+    [
+        ([], ()),
+        (["Q4_0", "Q8_0", "Q4_0"], ("Q4_0", "Q8_0")),
+        (["default"], DEFAULT_NAMES),
+        (["all"], tuple(TABLE)),
+        (["mine", "Q6_K"], ("Q2_K", "Q4_0", "Q6_K")),
+        (["IQ1_S", "more"], ("IQ1_S", *DEFAULT_NAMES, "MINE")),
+        (["Default"], ("Default",)),  # no set, and so refused as a recipe
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_sets_of_recipes(names: list[str], expanded: tuple[str, ...]) -> None:
+    assert expand(names, {"mine": ["Q2_K", "Q4_0"], "more": ["default", "MINE"]}) == expanded
 
 
 @pytest.mark.parametrize("name", ["", "hello", "ÄÖÜ"])

@@ -484,21 +484,22 @@ def test_custom_recipes_go_through_plan_engine_proof_and_card(own_options: Optio
     assert sorted(proof.prove_set(report.set_dir)) == ["IQ2_OWN", "Q4_K_DOWN6", "Q4_K_M"]
 
 
-def test_types_of_a_pattern_are_those_of_llama_quantize(own_options: Options) -> None:
-    """What is refused beforehand is what llama.cpp would do: the same pattern wins."""
-    report = factory.run(
-        replace(
-            own_options,
-            recipes=("EMB",),
-            custom=(custom("EMB", "Q4_0", "ToKen=q6_k", "token_embd=q8_0", token_embedding_type="q5_k"),),
-            engine="llama-quantize",
-        )
+def test_types_of_an_embedding_are_those_of_llama_quantize(own_options: Options) -> None:
+    """What is refused beforehand is what llama.cpp would do: the same pattern, or option, wins."""
+    patterns = ("ToKen=q6_k", "token_embd=q8_0")
+    own = (
+        custom("BY_PATTERN", "Q4_0", *patterns),
+        custom("BY_OPTION", "Q4_0", *patterns, token_embedding_type="q5_k"),
+        custom("BY_NEITHER", "Q4_0", "per_layer=q8_0"),
     )
-    own = own_options.custom[0]
-    emb = custom("EMB", "Q4_0", "ToKen=q6_k", "token_embd=q8_0", token_embedding_type="q5_k")
-    made = types_of(report.set_dir / f"{OWN_STEM}-EMB.gguf")
-    assert made["token_embd.weight"] == settings.type_of(emb, "token_embd.weight") == "Q6_K"
-    assert settings.type_of(own, "token_embd.weight") == "Q8_0"
+    names = tuple(recipe.name for recipe in own)
+    report = factory.run(replace(own_options, recipes=names, custom=own, engine="llama-quantize", until="quantize"))
+    told = [settings.type_of(recipe, "token_embd.weight") for recipe in own]
+    assert told == ["Q6_K", "Q5_K", None]
+    made = [types_of(report.set_dir / f"{OWN_STEM}-{name}.gguf")["token_embd.weight"] for name in names]
+    assert made[:2] == told[:2]
+    assert [settings.type_of(recipe, "per_layer_token_embd.weight") for recipe in own] == ["Q6_K", "Q6_K", "Q8_0"]
+    assert settings.type_of(custom("A", "Q4_0", token_embedding_type="q5_k"), "per_layer_token_embd.weight") == "Q5_K"
 
 
 def test_the_stem_without_the_organisation(own_options: Options) -> None:

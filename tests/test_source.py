@@ -79,6 +79,14 @@ def test_a_directory_is_local_however_it_is_typed(typed: str, tmp_path: Path, mo
     assert name.stem == "local_my-gemma"
 
 
+@pytest.mark.parametrize(("naming", "stem"), [("org_model", "google_gemma-3-4b-it"), ("model", "gemma-3-4b-it")])
+def test_the_naming_style_gives_the_stem(naming: str, stem: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert source.understand("google/gemma-3-4b-it", naming=naming).stem == stem
+    assert source.understand(str(tmp_path / "here"), "google/gemma-3-4b-it", naming).stem == stem
+    assert source.understand("demo", naming=naming).stem == stem.replace("4b-it", "270m")
+
+
 def test_a_directory_with_a_name(tmp_path: Path) -> None:
     directory = tmp_path / "no name for files"
     directory.mkdir()
