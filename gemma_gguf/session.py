@@ -22,6 +22,7 @@ from gemma_gguf import (
     card,
     convert,
     fanout,
+    gemma,
     gguf_io,
     imatrix,
     kernel_check,
@@ -421,6 +422,28 @@ def probe_text(state: Run) -> Path:
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
     return recipes.select(state.options.recipes, state.offered, state.options.custom)
+
+
+def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tuple[Recipe, ...]:
+    """Recipes as this base needs them; see `recipes.fitted`. What a parent makes of a tensor llama-quantize says."""
+    unread = gemma.unread_layers(header)
+    has_per_layer = gemma.PER_LAYER_EMBEDDING in header.by_name
+
+    def per_layer_type(recipe: Recipe) -> str | None:
+        if recipe.parent is None or not has_per_layer:
+            return None
+        parent = quantize.plan_recipe(
+            state.build,
+            recipes.TABLE[recipe.parent],
+            str(header.path.resolve()),
+            imatrix=None,
+            n_tensors=len(header.tensors),
+            cwd=state.work,
+            log=state.log,
+        )
+        return str(parent.types[gemma.PER_LAYER_EMBEDDING].name)
+
+    return tuple(recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:
