@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_gguf import gguf_io
-from gemma_gguf.errors import MissingToolError, VerificationError
+from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import partial_path
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
@@ -91,7 +91,14 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
     if len(output_names(source)) > 1:
         for outtype in MMPROJ_TYPES:
             name = mmproj_name(stem, outtype)
-            made.append(_convert_one(build, work, staged, outtype, name, mmproj=True, log=log, progress=progress))
+            try:
+                made.append(_convert_one(build, work, staged, outtype, name, mmproj=True, log=log, progress=progress))
+            except ToolFailedError as error:
+                raise ToolFailedError(
+                    f"llama.cpp's converter cannot make the projector of this model: {error.what}",
+                    next_step="Try another llama.cpp with --llama-cpp, or make the set without projectors: --no-mmproj",
+                    log=error.log,
+                ) from error
         _check_projectors(source, base.header, made[1:])
     shutil.rmtree(work / "checkpoint")
     return made

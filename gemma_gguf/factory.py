@@ -118,7 +118,8 @@ def _convert(state: Run) -> None:
     if options.base is not None:
         _given_base(state, options.base)
         return
-    key = sha256_json(["convert", dict(state.source.files), state.source.name.model, state.build.key])
+    identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
+    key = sha256_json(identity if options.mmproj else [*identity, "no mmproj"])
     bf16_row = state.set_dir / convert.base_name(state.stem)
     record = state.manifest.stages.get("convert")
     # The work directory can be deleted at any time: the bf16 row is the same file.

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ class Options:
     gpu_layers: int = 0
     imatrix: Path | None = None
     base: Path | None = None
+    mmproj: bool = True  # make projectors of a model that sees or hears
     engine: str = "fanout"
     kernels: str = "auto"  # or "ggml"
     jobs: int | None = None
@@ -283,6 +284,8 @@ def open_run(
     with open_work(work, wait=options.wait) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
+        if not options.mmproj:  # then this is a set of a model that reads
+            found = replace(found, facts=found.facts.model_copy(update={"vision": False, "audio": False}))
         state = Run(
             options=options,
             build=build,

@@ -45,7 +45,7 @@ GEMMA3N_LAYERS = 22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How one of them is made. `build` runs in the child: (model or its tensors, configuration to save beside them)."""
+    """How one of them is made. `build` runs in the child: (what saves the configuration, the tensors)."""
 
     name: str
     family: str  # a row of gemma.FAMILIES
@@ -86,21 +86,21 @@ def _gemma1(n_vocab: int) -> tuple[Any, Any]:
     import transformers as hf  # noqa: PLC0415
 
     config = hf.GemmaConfig(**TEXT, vocab_size=n_vocab)
-    return hf.GemmaForCausalLM(config), config
+    return _seeded_model(hf.GemmaForCausalLM(config))
 
 
 def _gemma2(n_vocab: int) -> tuple[Any, Any]:
     import transformers as hf  # noqa: PLC0415
 
     config = hf.Gemma2Config(**TEXT, vocab_size=n_vocab, query_pre_attn_scalar=64, sliding_window=64)
-    return hf.Gemma2ForCausalLM(config), config
+    return _seeded_model(hf.Gemma2ForCausalLM(config))
 
 
 def _gemma3_text(n_vocab: int) -> tuple[Any, Any]:
     import transformers as hf  # noqa: PLC0415
 
     config = hf.Gemma3TextConfig(**TEXT, vocab_size=n_vocab, query_pre_attn_scalar=64, sliding_window=64)
-    return hf.Gemma3ForCausalLM(config), config
+    return _seeded_model(hf.Gemma3ForCausalLM(config))
 
 
 def _merge(n_vocab: int) -> tuple[Any, Any]:
@@ -110,7 +110,7 @@ def _merge(n_vocab: int) -> tuple[Any, Any]:
     config = hf.Gemma3TextConfig(
         **TEXT, vocab_size=n_vocab, query_pre_attn_scalar=64, sliding_window=64, tie_word_embeddings=False
     )
-    return hf.Gemma3ForCausalLM(config), config
+    return _seeded_model(hf.Gemma3ForCausalLM(config))
 
 
 def _gemma3(n_vocab: int) -> tuple[Any, Any]:
@@ -127,7 +127,7 @@ def _gemma3(n_vocab: int) -> tuple[Any, Any]:
         "vision_use_head": False,
     }
     config = hf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
-    return hf.Gemma3ForConditionalGeneration(config), config
+    return _seeded_model(hf.Gemma3ForConditionalGeneration(config))
 
 
 def _gemma3n_text_config(n_vocab: int) -> Any:
@@ -141,7 +141,7 @@ def _gemma3n_text_config(n_vocab: int) -> Any:
         hidden_size_per_layer_input=256,
         num_kv_shared_layers=GEMMA3N_LAYERS - 20,
         layer_types=kinds,
-        laurel_rank=32,
+        laurel_rank=64,
         sliding_window=64,
         activation_sparsity_pattern=[0.95] * 10 + [0.0] * (GEMMA3N_LAYERS - 10),
     )
@@ -151,8 +151,8 @@ def _gemma3n_text(n_vocab: int) -> tuple[Any, Any]:
     import transformers as hf  # noqa: PLC0415
 
     config = _gemma3n_text_config(n_vocab)
-    config.architectures = ["Gemma3nForCausalLM"]
-    return _with_unread_keys(hf.Gemma3nForCausalLM(config), config, "model."), config
+    model = hf.Gemma3nForCausalLM(config)
+    return model, _with_unread_keys(model, config, "model.")
 
 
 def _gemma3n(n_vocab: int) -> tuple[Any, Any]:
@@ -183,7 +183,7 @@ def _gemma3n(n_vocab: int) -> tuple[Any, Any]:
     }
     for name, part in parts.items():
         tensors |= {f"model.{name}.{key}": value for key, value in _seeded(part).items()}
-    return tensors | _mobilenet(64), config
+    return config, tensors | _mobilenet(64)
 
 
 def _mobilenet(width: int) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _gemma4_dense(n_vocab: int) -> tuple[Any, Any]:
 
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1)
     config = hf.Gemma4Config(text_config=text, vision_config={**_VISION4, "standardize": True})
-    return hf.Gemma4ForConditionalGeneration(config), config
+    return _seeded_model(hf.Gemma4ForConditionalGeneration(config))
 
 
 def _gemma4_experts(n_vocab: int) -> tuple[Any, Any]:
@@ -278,7 +278,7 @@ def _gemma4_experts(n_vocab: int) -> tuple[Any, Any]:
     experts = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 256}
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1, **experts)
     config = hf.Gemma4Config(text_config=text, vision_config=_VISION4)
-    return hf.Gemma4ForConditionalGeneration(config), config
+    return _seeded_model(hf.Gemma4ForConditionalGeneration(config))
 
 
 def _gemma4_e(n_vocab: int) -> tuple[Any, Any]:
@@ -297,9 +297,8 @@ def _gemma4_e(n_vocab: int) -> tuple[Any, Any]:
     config = hf.Gemma4Config(
         text_config=text, vision_config={**_VISION4, "use_clipped_linears": True}, audio_config=_AUDIO4
     )
-    config.architectures = ["Gemma4ForConditionalGeneration"]
     model = hf.Gemma4ForConditionalGeneration(config)
-    return _with_unread_keys(model, config.text_config, "model.language_model."), config
+    return model, _with_unread_keys(model, config.text_config, "model.language_model.")
 
 
 def _gemma4_unified(n_vocab: int) -> tuple[Any, Any]:
@@ -309,7 +308,7 @@ def _gemma4_unified(n_vocab: int) -> tuple[Any, Any]:
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1)
     vision = {"patch_size": 4, "mm_embed_dim": 256, "mm_posemb_size": 16, "output_proj_dims": 256}
     config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 64})
-    return hf.Gemma4UnifiedForConditionalGeneration(config), config
+    return _seeded_model(hf.Gemma4UnifiedForConditionalGeneration(config))
 
 
 def _with_unread_keys(model: Any, config: Any, root: str) -> dict[str, Any]:
@@ -326,6 +325,10 @@ def _with_unread_keys(model: Any, config: Any, root: str) -> dict[str, Any]:
             values = 0.05 * torch.randn(other.shape) + (1 if part == "k_norm" else 0)
             tensors[f"{root}layers.{layer}.self_attn.{part}.weight"] = values
     return tensors
+
+
+def _seeded_model(model: Any) -> tuple[Any, dict[str, Any]]:
+    return model, _seeded(model)
 
 
 def _is_norm(name: str) -> bool:
@@ -367,17 +370,18 @@ def _save(checkpoint: Checkpoint, directory: Path) -> None:
 
     directory.mkdir(parents=True)
     torch.manual_seed(SEED)
-    made, config = checkpoint.build(checkpoint.tokenizer(directory))
-    if not isinstance(made, dict):
-        config.architectures = [type(made).__name__]
-        made = _seeded(made)
-    config.dtype = torch.bfloat16
-    config.save_pretrained(directory)
+    saves, seeded = checkpoint.build(checkpoint.tokenizer(directory))
+    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in seeded.items()}
+    n_bytes = int(0.6 * sum(value.numel() * 2 for value in tensors.values()))
+    if isinstance(saves, torch.nn.Module):  # with the names of published checkpoints, which are not those of the code
+        saves.config.dtype = torch.bfloat16
+        saves.save_pretrained(directory, state_dict=tensors, max_shard_size=n_bytes)
+    else:
+        saves.dtype = torch.bfloat16
+        saves.save_pretrained(directory)
+        save_torch_state_dict(tensors, directory, max_shard_size=n_bytes, metadata={"format": "pt"})
     if checkpoint.written_by_google:
         _add_to_text_config(directory / "config.json", checkpoint.written_by_google)
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in made.items()}
-    n_bytes = sum(value.numel() * 2 for value in tensors.values())
-    save_torch_state_dict(tensors, directory, max_shard_size=int(0.6 * n_bytes), metadata={"format": "pt"})
     if checkpoint.preprocessor is not None:
         (directory / "preprocessor_config.json").write_text(json.dumps(checkpoint.preprocessor))
     (directory / "README.md").write_text(checkpoints.CARD.replace("image-text-to-text", "text-generation"))

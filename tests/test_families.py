@@ -25,6 +25,8 @@ IN_SHORT = (
     "gemma-4-e",
     "gemma-4-unified",
 )
+# The converter of 0.3.36 knows no name for two norms of its audio tower; the day it does, a test here says so.
+NO_MMPROJ = ("gemma-3n",)
 CHUNKS = 12  # enough for every expert of a test model to be reached
 
 
@@ -52,6 +54,7 @@ def make(name: str, checkpoint: Path, out: Path, wanted: tuple[str, ...], *, eva
         out=out,
         recipes=wanted,
         chunks=CHUNKS,
+        mmproj=name not in NO_MMPROJ,
         evaluate=evaluate,
         eval_chunks=2,
         bench=("none",),
@@ -76,7 +79,8 @@ def go_all_the_way(made: Made, passed: Callable[[str, str], None]) -> None:
     passed("convert", f"{len(base.tensors)} tensors")
 
     check_projectors(made, family)
-    passed("mmproj", "+".join(s for s in ("vision", "audio") if getattr(facts.model, s)) or "none")
+    senses = "+".join(sense for sense in ("vision", "audio") if getattr(facts.model, sense)) or "no tower"
+    passed("mmproj", "not by this llama.cpp" if made.name in NO_MMPROJ else senses)
 
     assert facts.imatrix is not None
     assert (facts.imatrix.n_chunks, facts.imatrix.datasets) == (CHUNKS, ["calibration-default.txt"])
@@ -187,6 +191,16 @@ def test_keys_and_values_that_nothing_reads_need_no_data(
     finally:
         log.close()
     assert proof.prove_set(made.report.set_dir) == ["IQ2_XXS", "Q4_K_M", "Q4_K_L"]
+
+
+@pytest.mark.parametrize("name", NO_MMPROJ)
+def test_a_projector_that_the_converter_cannot_make(name: str, written: dict[str, Path], tmp_path: Path) -> None:
+    options = Options(str(written[name]), name=f"test/{name}", out=tmp_path, until="convert")
+    with pytest.raises(ToolFailedError, match=r"cannot make the projector of this model") as caught:
+        factory.run(options)
+    assert "--no-mmproj" in (caught.value.next_step or "")
+    assert caught.value.log is not None
+    assert "Can not map tensor 'model.audio_tower.subsample_conv_projection" in caught.value.log.read_text()
 
 
 def test_merge_keeps_its_output_matrix_and_its_tokens(sets: Callable[[str], Made]) -> None:
