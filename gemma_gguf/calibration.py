@@ -13,11 +13,13 @@ import re
 import tomllib
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import is_file, sha256_bytes, write_atomic
+from gemma_gguf.gemma import Turns
 from gemma_gguf.resources import CALIBRATION
 
 SEPARATOR = "\n%%%%\n"  # between documents of one part
@@ -144,8 +146,40 @@ def _documents(split: str) -> list[str]:
 
 
 def _interleaved(split: str) -> Text:
-    joined = "\n\n".join(_documents(split)) + "\n"
-    return Text("default" if split == "mix" else "heldout", f"gemma-gguf calibration/{split}", joined.encode("utf-8"))
+    data = _joined(_documents(split))
+    return Text("default" if split == "mix" else "heldout", f"gemma-gguf calibration/{split}", data)
+
+
+def _joined(documents: Iterable[str]) -> bytes:
+    return ("\n\n".join(documents) + "\n").encode("utf-8")
+
+
+def in_turns(split: str, write: Callable[[list[Conversation]], Sequence[str]], how: str) -> Text:
+    """A split with its conversations as `write` makes text of them; they are stored in the turns of Gemma 1 to 3.
+
+    `how` says in what turns they are, for the text's `source`; a text that stays as it is stored keeps that, too.
+    """
+    stored = _interleaved(split)
+    documents = _documents(split)
+    talks = [number for number, document in enumerate(documents) if TURN.match(document)]
+    for number, text in zip(talks, write([_conversation(documents[number]) for number in talks]), strict=True):
+        documents[number] = text.strip("\n")
+    data = _joined(documents)
+    return stored if data == stored.data else replace(stored, source=f"{stored.source}, {how}", data=data)
+
+
+def turns_of(turns: Turns | None, conversations: Iterable[Conversation]) -> list[str]:
+    """Conversations in the turns of a family; as paragraphs where it takes none."""
+    if turns is None:
+        return ["\n\n".join(message["content"] for message in messages) for messages in conversations]
+    roles = {"assistant": "model"}
+    return [
+        "".join(
+            f"{turns.opening}{roles.get(message['role'], message['role'])}\n{message['content']}{turns.closing}\n"
+            for message in messages
+        )
+        for messages in conversations
+    ]
 
 
 def held_out() -> Text:

@@ -195,6 +195,9 @@ _set_options = _with_options(
         type=click.Path(path_type=Path, dir_okay=False),
         help="Use this BF16, F16 or F32 GGUF; convert nothing.",
     ),
+    click.option(
+        "--mmproj/--no-mmproj", default=True, show_default=True, help="Make projectors of a model that sees or hears."
+    ),
     _threads,
     _gpu_layers,
     _reference,
@@ -297,6 +300,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         gpu_layers=given["gpu_layers"],
         imatrix=given["imatrix"],
         base=given["base"],
+        mmproj=given["mmproj"],
         engine=given["engine"],
         kernels=given["kernels"],
         jobs=given["jobs"],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_gguf import gguf_io
-from gemma_gguf.errors import MissingToolError, VerificationError
+from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import partial_path
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
@@ -91,8 +91,15 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
     if len(output_names(source)) > 1:
         for outtype in MMPROJ_TYPES:
             name = mmproj_name(stem, outtype)
-            made.append(_convert_one(build, work, staged, outtype, name, mmproj=True, log=log, progress=progress))
-        _check_projectors(source.facts.n_parameters, base.header, made[1:])
+            try:
+                made.append(_convert_one(build, work, staged, outtype, name, mmproj=True, log=log, progress=progress))
+            except ToolFailedError as error:
+                raise ToolFailedError(
+                    f"llama.cpp's converter cannot make the projector of this model: {error.what}",
+                    next_step="Try another llama.cpp with --llama-cpp, or make the set without projectors: --no-mmproj",
+                    log=error.log,
+                ) from error
+        _check_projectors(source, base.header, made[1:])
     shutil.rmtree(work / "checkpoint")
     return made
 
@@ -116,13 +123,18 @@ def _convert_one(
     return Converted(name, written, header, recorded, done.seconds)
 
 
-def _check_projectors(n_parameters: int, base: Header, projectors: Sequence[Converted]) -> None:
-    """All three hold the same tensors, and about as many weights as the checkpoint has beyond its text model."""
+def _check_projectors(source: Source, base: Header, projectors: Sequence[Converted]) -> None:
+    """All three hold the same tensors, what the model sees and hears with, and about as many weights as the checkpoint
+    has beyond its text model.
+    """
     first = projectors[0].header
+    for sense, expected in (("vision", source.facts.vision), ("audio", source.facts.audio)):
+        if expected and not first.get(f"clip.has_{sense}_encoder"):
+            raise VerificationError(f"{projectors[0].final_name} holds no {sense} encoder, the checkpoint has one")
     for other in projectors[1:]:
         if set(other.header.by_name) != set(first.by_name):
             raise VerificationError(f"{other.final_name} holds other tensors than {projectors[0].final_name}")
-    beyond_text = n_parameters - base.n_elements
+    beyond_text = source.facts.n_parameters - base.n_elements
     if first.n_elements < 0.5 * beyond_text:
         raise VerificationError(
             f"{projectors[0].final_name} holds {first.n_elements:,} weights in {len(first.tensors)} tensors, but the "

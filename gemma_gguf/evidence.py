@@ -6,6 +6,7 @@ never keeps old numbers. The manifest is written after every file; a killed eval
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -216,7 +217,11 @@ def material_for(facts: Manifest, base: Path) -> Material:
     """The held-out text as this model should read it: plain, or in turns where it has a chat template."""
     template = facts.model.chat_template
     if template is None:
-        return evaluate.plain_material(calibration.held_out())
+        family = gemma.by_gguf_arch(facts.model.gguf_arch)
+        turns = family.turns if family else None
+        return evaluate.plain_material(
+            calibration.in_turns("heldout", functools.partial(calibration.turns_of, turns), "in the family's turns")
+        )
     bos, eos = gguf_io.read_header(base).token_texts("bos", "eos")
     return evaluate.chat_material(
         "heldout",

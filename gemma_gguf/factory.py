@@ -14,10 +14,12 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from gemma_gguf import (
+    calibration,
     card,
     chat,
     convert,
     evidence,
+    gemma,
     gguf_io,
     imatrix,
     llama_cpp,
@@ -116,7 +118,8 @@ def _convert(state: Run) -> None:
     if options.base is not None:
         _given_base(state, options.base)
         return
-    key = sha256_json(["convert", dict(state.source.files), state.source.name.model, state.build.key])
+    identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
+    key = sha256_json(identity if options.mmproj else [*identity, "no mmproj"])
     bf16_row = state.set_dir / convert.base_name(state.stem)
     record = state.manifest.stages.get("convert")
     # The work directory can be deleted at any time: the bf16 row is the same file.
@@ -235,7 +238,7 @@ def _imatrix(state: Run) -> None:
     if options.imatrix is not None:
         _given_imatrix(state, options.imatrix, final, header=header, needed=needed, base_sha=base_sha)
         return
-    text = calibration_text(options)
+    text = _calibration_text(state, header)
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
     key = sha256_json([*identity, options.reference] if options.reference else identity)
@@ -290,6 +293,37 @@ def _imatrix(state: Run) -> None:
     argv = argv_of(0, options.chunks, None, final.name)
     _record_imatrix(state, final, made, key=key, argv=argv, seconds=seconds, text=facts)
     state.did(Done("imatrix", final.name, True, why, seconds, final.stat().st_size))
+
+
+def _calibration_text(state: Run, header: gguf_io.Header) -> calibration.Text:
+    """The text behind the imatrix; conversations of the mix are in the model's own turns.
+
+    Its chat template says how they are written, else its family does. A template that cannot write them costs no run:
+    the text's source, which is recorded, says in what turns they are.
+    """
+    if state.options.calibration != "default":
+        return calibration_text(state.options)
+    family = gemma.by_gguf_arch(state.source.facts.gguf_arch)
+    template = state.source.facts.chat_template
+    if template is not None:
+        bos, eos = header.token_texts("bos", "eos")
+
+        def render(conversations: Sequence[calibration.Conversation]) -> list[str]:
+            texts = chat.render_many(
+                template, conversations, add_generation_prompt=False, bos_token=bos, eos_token=eos, now=prompts.NOW
+            )
+            return [text.removeprefix(bos) for text in texts]  # llama-imatrix begins every chunk with it
+
+        try:
+            return calibration.in_turns("mix", render, "conversations in the turns of the chat template")
+        except BadInputError as error:
+            state.log.note(f"calibration: {error.what}; conversations are in the turns of {state.source.facts.family}")
+    turns = family.turns if family is not None else None
+    return calibration.in_turns(
+        "mix",
+        lambda conversations: calibration.turns_of(turns, conversations),
+        f"conversations in the turns of {state.source.facts.family}" if turns else "conversations as paragraphs",
+    )
 
 
 def _imatrix_model(state: Run) -> tuple[Path, bool]:
@@ -388,17 +422,9 @@ def _needs_imatrix(state: Run, header: gguf_io.Header) -> list[str]:
     if recipe is None:
         return []
     asked = plan_recipe(state, recipe, header, with_imatrix=False)
-    # The last layers of some Gemmas take keys and values from earlier ones; llama.cpp never reads their own.
-    arch, counts = header.get("general.architecture"), {}
-    for key in ("block_count", "attention.shared_kv_layers"):
-        counts[key] = header.get(f"{arch}.{key}") or 0
-    unused = {
-        f"blk.{layer}.{name}.weight"
-        for layer in range(counts["block_count"] - counts["attention.shared_kv_layers"], counts["block_count"])
-        for name in ("attn_k", "attn_v")
-    }
+    unread = set(gemma.unread_tensors(header))
     quantised = [tensor.name for tensor in asked.tensors if tensor.is_quantized and tensor.name.startswith("blk.")]
-    return [name for name in quantised if name not in unused]
+    return [name for name in quantised if name not in unread]
 
 
 # --- quantize -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_gguf import table
+from gemma_gguf import gemma, table
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.manifest import CacheGroup, ContextFacts, ContextMemory, FileEntry, Manifest
@@ -29,11 +29,7 @@ CONTEXTS = (4096, 8192, 32768, 131072)
 GIB = 1 << 30
 MEMORIES = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # GiB
 
-# One layer in so many sees the whole context, where the file has no pattern of its own; and Gemma 2's window.
-_PATTERN = {"gemma2": 2, "gemma3": 6, "gemma3n": 5}
-_WINDOW = {"gemma2": 4096}
-_GEMMA_3N_LAYERS_WITH_CACHE = 20  # a constant in llama.cpp
-
+NO_WINDOW = gemma.Window(1)  # every layer sees the whole context
 
 # --- facts of a model --------------------------------------------------------------------------------------------
 
@@ -51,17 +47,17 @@ def context_facts(header: Header, measured: Sequence[ContextMemory], build: str)
 
     n_layers, n_embd = number("block_count"), number("embedding_length")
     per_head = n_embd // max(1, number("attention.head_count"))
-    window = number("attention.sliding_window", _WINDOW.get(arch, 0))
-    windowed = _windowed(get("attention.sliding_window_pattern"), arch, n_layers) if window else [False] * n_layers
+    family = gemma.by_gguf_arch(arch)
+    rule = (family.window if family else None) or NO_WINDOW
+    window = number("attention.sliding_window", rule.tokens)
+    pattern = get("attention.sliding_window_pattern", rule.period)
+    windowed = _windowed(pattern, n_layers) if window else [False] * n_layers
     heads = get("attention.head_count_kv", get("attention.head_count"))
     heads = heads if isinstance(heads, list) else [heads] * n_layers
-    with_cache = n_layers - number("attention.shared_kv_layers")
-    if arch == "gemma3n":
-        with_cache = min(n_layers, _GEMMA_3N_LAYERS_WITH_CACHE)
     full = number("attention.key_length", per_head), number("attention.value_length", per_head)
     local = number("attention.key_length_swa", full[0]), number("attention.value_length_swa", full[1])
     groups: dict[tuple[bool, int, int], int] = {}
-    for layer in range(with_cache):
+    for layer in range(gemma.layers_with_cache(header)):
         key, value = local if windowed[layer] else full
         group = (windowed[layer], key * heads[layer], value * heads[layer])
         groups[group] = groups.get(group, 0) + 1
@@ -82,11 +78,11 @@ def context_facts(header: Header, measured: Sequence[ContextMemory], build: str)
     )
 
 
-def _windowed(pattern: object, arch: str, n_layers: int) -> list[bool]:
+def _windowed(pattern: list[bool] | int, n_layers: int) -> list[bool]:
     """Which layers keep a window: the file's list, or every layer but each n-th."""
     if isinstance(pattern, list):
         return [bool(flag) for flag in pattern[:n_layers]]
-    period = pattern if isinstance(pattern, int) else _PATTERN.get(arch, 1)
+    period = pattern
     return [period == 0 or layer % period < period - 1 for layer in range(n_layers)]
 
 

@@ -38,6 +38,7 @@ from gemma_gguf.session import (
     calibration_text,
     check_given,
     file_name,
+    fitted,
     is_made,
     kernels_for,
     known_recipes,
@@ -136,7 +137,7 @@ def _imatrix_to_plan_with(state: Run, header: gguf_io.Header, real: Path | None)
 def _exact_plan(
     state: Run, wanted: Sequence[Recipe], header: gguf_io.Header, given: Path, jobs: int, *, from_placeholder: bool
 ) -> SetPlan:
-    made = [recipe for recipe in wanted if not recipe.is_base]
+    made = fitted(state, [recipe for recipe in wanted if not recipe.is_base], header)
     plans = _plans(state, made, header, given)
     outputs = outputs_of(state, header, made, plans, given)
     rows: list[PlannedFile] = []
@@ -273,6 +274,7 @@ def refuse_before_imatrix(state: Run) -> None:
     if not made:
         return
     header = gguf_io.read_header(state.base)
+    made = list(fitted(state, made, header))
     most = [doctor.quant_bytes(recipe, survey.model_of(header))[1] for recipe in made]
     if sum(most) + max(most) <= room_for(state, []):
         return

@@ -20,6 +20,7 @@ from gemma_gguf.session import (
     Done,
     Run,
     file_name,
+    fitted,
     kernels_for,
     new_entry,
     plan_recipe,
@@ -38,7 +39,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     header = gguf_io.read_header(state.base)
     base_sha = state.memory.sha256(state.base)
     imatrix_sha = state.memory.sha256(state.set_dir / imatrix.file_name(state.stem))
-    wanted = wanted_recipes(state)
+    wanted = fitted(state, wanted_recipes(state), header)
     todo: list[tuple[Recipe, str, str]] = []
     for recipe in wanted:
         name = file_name(state, recipe)
@@ -55,7 +56,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
             todo.append((recipe, key, reason))
     _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
     plans: dict[str, FilePlan] = {}
-    parents = {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}
+    parents = set(fitted(state, {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}, header))
     to_plan = {*(recipe for recipe, _, _ in todo if not recipe.is_base), *parents}
     for done, recipe in enumerate(sorted(to_plan, key=lambda recipe: recipe.name)):
         state.progress("planning", done, len(to_plan), "recipes")

@@ -7,8 +7,9 @@ of bartowski's published Gemma repositories.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from gemma_gguf.errors import BadInputError
 
@@ -96,10 +97,37 @@ NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M
 NEED_IMATRIX_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 # Names that stand for several rows.
 SETS: Mapping[str, tuple[str, ...]] = {"default": DEFAULT_NAMES, "all": tuple(TABLE)}
+# What tensors without imatrix data are kept at in such a file; llama-quantize makes Q2_K without, but not in Q2_K_S.
+WITHOUT_DATA, WITHOUT_DATA_IN = "q2_K", {"Q2_K_S": "q3_K"}
 # Of these a file is no quant of a BF16 base, or another name for a row.
 NOT_RECIPES = frozenset({"BF16", "F16", "F32", "COPY", "Q3_K", "Q4_K", "Q5_K"})
 # Cheap for llama-quantize, and each uses the imatrix, which Q8_0 does not: what the proof of a run takes first.
 PROOF_FIRST = ("Q6_K", "Q4_0", "Q3_K_S", "Q6_K_L")
+
+
+def types_of(flags: Sequence[str]) -> dict[str, str]:
+    """{pattern: ggml type in capitals} of the `--tensor-type` options among flags of llama-quantize."""
+    given = [value.rpartition("=") for option, value in pairwise(flags) if option == "--tensor-type"]
+    return {pattern: kind.upper() for pattern, _, kind in given}
+
+
+def fitted(recipe: Recipe, unread_layers: Sequence[int], per_layer_type: str | None) -> Recipe:
+    """The recipe for a model with peculiarities that llama-quantize has no rule for.
+
+    `unread_layers` hold keys and values that nothing reads, so no imatrix has data for them, and llama-quantize refuses
+    to make very low-bit types of them: they get a type that needs none. `per_layer_type` is what the parent of a `_L`
+    row makes of the embeddings per layer (None where there are none): they would follow `--token-embedding-type`, and
+    are several times as large as the embeddings that these rows are about.
+    """
+    types: dict[str, str] = {}
+    if unread_layers and recipe.needs_imatrix:
+        layers = "|".join(map(str, unread_layers))
+        types[rf"blk\.({layers})\.attn_[kv]"] = WITHOUT_DATA_IN.get(recipe.ftype, WITHOUT_DATA)
+    if per_layer_type is not None and recipe.flags == EMBED_OUTPUT_Q8:
+        types["per_layer_token_embd"] = per_layer_type
+    # The first pattern that a name holds is taken: ours come before those of a recipe of the user's own.
+    added = [part for pattern, kind in types.items() for part in ("--tensor-type", f"{pattern}={kind}")]
+    return replace(recipe, flags=(*added, *recipe.flags))
 
 
 def for_proof(sizes: Mapping[str, int]) -> str:

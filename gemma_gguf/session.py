@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gemma_gguf import (
     card,
     convert,
     fanout,
+    gemma,
     gguf_io,
     imatrix,
     kernel_check,
@@ -97,6 +98,7 @@ class Options:
     gpu_layers: int = 0
     imatrix: Path | None = None
     base: Path | None = None
+    mmproj: bool = True  # make projectors of a model that sees or hears
     engine: str = "fanout"
     kernels: str = "auto"  # or "ggml"
     jobs: int | None = None
@@ -282,6 +284,8 @@ def open_run(
     with open_work(work, wait=options.wait) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
+        if not options.mmproj:  # then this is a set of a model that reads
+            found = replace(found, facts=found.facts.model_copy(update={"vision": False, "audio": False}))
         state = Run(
             options=options,
             build=build,
@@ -421,6 +425,28 @@ def probe_text(state: Run) -> Path:
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
     return recipes.select(state.options.recipes, state.offered, state.options.custom)
+
+
+def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tuple[Recipe, ...]:
+    """Recipes as this base needs them; see `recipes.fitted`. What a parent makes of a tensor llama-quantize says."""
+    unread = gemma.unread_layers(header)
+    has_per_layer = gemma.PER_LAYER_EMBEDDING in header.by_name
+
+    def per_layer_type(recipe: Recipe) -> str | None:
+        if recipe.parent is None or not has_per_layer:
+            return None
+        parent = quantize.plan_recipe(
+            state.build,
+            recipes.TABLE[recipe.parent],
+            str(header.path.resolve()),
+            imatrix=None,
+            n_tensors=len(header.tensors),
+            cwd=state.work,
+            log=state.log,
+        )
+        return str(parent.types[gemma.PER_LAYER_EMBEDDING].name)
+
+    return tuple(recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:

@@ -56,6 +56,7 @@ MAX_TEMPLATE = 1_000_000  # 20 kB
 MAX_FRONT_MATTER = 1_000_000  # characters
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 NAMINGS = ("org_model", "model")  # how files of a set begin: with `<org>_<model>`, or the model's name alone
+OUTPUT, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -139,7 +140,9 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         assert name.location is not None
         path, commit = name.location, None
     found = examine(path)
-    files, config, family = found.files, found.config, found.family
+    files, family = found.files, found.family
+    _refuse_lost_output(path, found)
+    vision, audio = gemma.modalities(found.architecture, found.config, found.tensors)
     card = _front_matter(path / "README.md")
     hashes = {}
     for done, file in enumerate(files):
@@ -157,8 +160,8 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         family=family.name,
         gguf_arch=family.gguf_arch,
         n_parameters=sum(found.tensors.values()),
-        vision=config.get("vision_config") is not None,
-        audio=config.get("audio_config") is not None,
+        vision=vision,
+        audio=audio,
         qat=_is_qat(name, card),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         chat_template=_chat_template(path),
@@ -189,6 +192,7 @@ def examine(path: Path) -> Examined:
     _refuse_code(path, files)
     config = _json(path / "config.json")
     architecture, family = _architecture(path, config)
+    _refuse_without_vocabulary(path, family, files)
     return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, files))
 
 
@@ -230,9 +234,10 @@ def _configuration(repo: str, commit: str, sizes: Mapping[str, int]) -> Mapping[
     path = _snapshot(repo, commit, small)
     _refuse_code(path, small)
     config = _json(path / "config.json")
-    _architecture(path, config)
+    _, family = _architecture(path, config)
     if not any(name in sizes for name in TOKENIZERS):
         raise BadInputError(f"{repo} has no tokenizer (tokenizer.model or tokenizer.json)")
+    _refuse_without_vocabulary(repo, family, sizes)
     return config
 
 
@@ -466,6 +471,59 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, gemma.Fam
             f"{path} holds a {names[0][:80]}, which is not a Gemma architecture", next_step=f"Known are: {known}."
         )
     return names[0], family
+
+
+def _refuse_without_vocabulary(where: object, family: gemma.Family, files: Iterable[str]) -> None:
+    """The converter reads the vocabulary of some generations from one file alone; what transformers 5 saves of a
+    fine-tuned Gemma 2, for example, lacks it.
+    """
+    if family.vocabulary is not None and family.vocabulary not in files:
+        raise BadInputError(
+            f"{where} has no {family.vocabulary}, from which llama.cpp's converter reads {family.name}'s vocabulary",
+            next_step=f"Copy {family.vocabulary} and tokenizer_config.json from the model that it was tuned from, "
+            "unless tokens were added to it.",
+        )
+
+
+def _refuse_lost_output(path: Path, found: Examined) -> None:
+    """The converter leaves out the output matrix of some generations, as llama.cpp takes their embeddings for it.
+
+    That is right where both are the same, as in all of Google's; of a fine-tune that untied them it would be lost
+    silently.
+    """
+    if found.family.own_output or OUTPUT not in found.tensors:
+        return
+    places = {name: place for file in found.files for name, place in _tensor_places(path / file).items()}
+    if EMBEDDINGS not in places or not _same_bytes(places[OUTPUT], places[EMBEDDINGS]):
+        raise BadInputError(
+            f"{path} has an output matrix ({OUTPUT}) that differs from its embeddings; llama.cpp's "
+            f"{found.family.gguf_arch} has no place for it and would compute with the embeddings",
+            next_step="Tune it again with tie_word_embeddings, or ask its author: no GGUF of it can work.",
+        )
+
+
+Place = tuple[Path, int, int]  # file, first byte, number of bytes
+
+
+def _tensor_places(path: Path) -> dict[str, Place]:
+    """{tensor: where its bytes are} of a safetensors file that was found whole."""
+    if path.suffix != ".safetensors":
+        return {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    ranges = {name: row["data_offsets"] for name, row in header.items() if name != "__metadata__"}
+    return {name: (path, 8 + length + start, end - start) for name, (start, end) in ranges.items()}
+
+
+def _same_bytes(one: Place, other: Place, step: int = 1 << 24) -> bool:
+    if one[2] != other[2]:
+        return False
+    with one[0].open("rb") as first, other[0].open("rb") as second:
+        first.seek(one[1])
+        second.seek(other[1])
+        counts = [min(step, one[2] - done) for done in range(0, one[2], step)]
+        return all(first.read(count) == second.read(count) for count in counts)
 
 
 def _needed_files(path: Path) -> list[str]:

@@ -335,6 +335,10 @@ def _sentences(
         told.append(_what_it_is(about, entry.parent, words))
         told += _large_sentences(entry, manifest, quality, words)
     told += _fallback_sentences(entry, words)
+    told += [
+        words.gettext("Set by hand: %(tensors)s at %(type)s.") % {"tensors": f"`{pattern}`", "type": kind}
+        for pattern, kind in recipes.types_of(entry.flags).items()
+    ]
     mine = quality.get(entry.name)
     if mine is not None and entry.recipe == "bf16":
         told.append(words.gettext("The base that every figure compares with; its own figures are the noise floor."))

@@ -5,8 +5,9 @@ a chat template; it goes through the real converter, llama-imatrix and llama-qua
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def sentencepiece_model(n_vocab: int = 0) -> tuple[bytes, list[str]]:
+def sentencepiece_model(n_vocab: int = 0, special: Sequence[str] = SPECIAL) -> tuple[bytes, list[str]]:
     """(tokenizer.model, pieces): specials, all bytes, the printable ASCII characters and some merges of them.
 
-    Unused pieces fill it up to `n_vocab`.
+    `special` begins with the four of `SPECIAL`. Unused pieces fill it up to `n_vocab`.
     """
     model = sp.ModelProto()
     model.trainer_spec.model_type = sp.TrainerSpec.BPE
@@ -40,7 +41,7 @@ def sentencepiece_model(n_vocab: int = 0) -> tuple[bytes, list[str]]:
     model.normalizer_spec.remove_extra_whitespaces = False
     kinds = sp.ModelProto.SentencePiece
     pieces: list[tuple[str, float, Any]] = [
-        (text, -1000.0, kinds.UNKNOWN if text == "<unk>" else kinds.CONTROL) for text in SPECIAL
+        (text, -1000.0, kinds.UNKNOWN if text == "<unk>" else kinds.CONTROL) for text in special
     ]
     pieces += [(f"<0x{byte:02X}>", -1000.0, kinds.BYTE) for byte in range(256)]
     merges = ["th", "he", "in", "er", "an", "re", "on", "at", "▁t", "▁a", "▁s", "▁w", "the", "ing", "▁the", "and"]
@@ -136,10 +137,18 @@ def _write_tokenizer(directory: Path) -> int:
     return len(pieces)
 
 
-def write_tokenizer_files(directory: Path, model: bytes, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """tokenizer.model and the configuration that lists its special tokens; a base model has no chat template."""
+def write_tokenizer_files(
+    directory: Path,
+    model: bytes,
+    chat_template: str | None = CHAT_TEMPLATE,
+    listed: Mapping[int, str] = MappingProxyType(dict(enumerate(SPECIAL))),
+) -> None:
+    """tokenizer.model and the configuration that lists its special tokens; a base model has no chat template.
+
+    `listed` may hold tokens beyond the model's: those of a fine-tune.
+    """
     (directory / "tokenizer.model").write_bytes(model)
-    added = {str(i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
+    decoder = {str(number): {"content": text, "special": True} for number, text in listed.items()}
     config = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
@@ -147,7 +156,7 @@ def write_tokenizer_files(directory: Path, model: bytes, chat_template: str | No
         "eos_token": "<eos>",
         "unk_token": "<unk>",
         "pad_token": "<pad>",
-        "added_tokens_decoder": added,
+        "added_tokens_decoder": decoder,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template

@@ -1,6 +1,6 @@
 """Shared fixtures: the real llama.cpp build, small real checkpoints, and one finished quant set made from one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,10 @@ from tests import checkpoints
 
 CHUNKS = 8  # of calibration text; enough for every tensor of a test model to have data
 
+FAMILY_STEPS = ("convert", "mmproj", "imatrix", "recipes", "verify", "load", "forward")
+
 _ran_on_llama: set[str] = set()
+_family_rows: dict[str, dict[str, str]] = {}  # what of each family's way was passed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +32,27 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{len(_ran_on_llama)} of these tests ran against the real llama.cpp build")
+    if _family_rows:
+        terminalreporter.section("Gemma families, each step as it was passed")
+        cells: list[tuple[str, ...]] = [("checkpoint", *FAMILY_STEPS)]
+        cells += [(name, *(row.get(step, "NOT PASSED") for step in FAMILY_STEPS)) for name, row in _family_rows.items()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            terminalreporter.write_line("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+@pytest.fixture
+def family_row() -> Callable[[str, str, str], None]:
+    """(checkpoint, step, what was seen): note in the table of families that a step was passed.
+
+    A row begins with the step `begin`, so that one that fails at once stands in the table, too.
+    """
+
+    def passed(name: str, step: str, what: str) -> None:
+        assert step in ("begin", *FAMILY_STEPS)
+        _family_rows.setdefault(name, {})[step] = what
+
+    return passed
 
 
 @pytest.fixture(scope="session", autouse=True)

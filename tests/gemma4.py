@@ -6,6 +6,7 @@ all quantised weights are divisible by 256, so every K- and I-quant applies.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,19 @@ def _tokenizer_config() -> dict[str, Any]:
     }
 
 
+def write_tokenizer_files(directory: Path) -> int:
+    """`tokenizer.json`, its configuration and the chat template; returns the size of the vocabulary."""
+    tokens = vocabulary()
+    for name, document in {"tokenizer.json": _tokenizer(tokens), "tokenizer_config.json": _tokenizer_config()}.items():
+        _write_json(directory / name, document)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return len(tokens)
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
 def write_gemma4_moe(directory: Path, seed: int = 1, layers: int = LAYERS) -> Path:
     """A text-only Gemma 4 with experts (`Gemma4ForCausalLM`), in two shards.
 
@@ -231,14 +245,8 @@ def write_gemma4_moe(directory: Path, seed: int = 1, layers: int = LAYERS) -> Pa
         "top_p": 0.95,
         "transformers_version": "5.23.0",
     }
-    documents = {
-        "config.json": _config(tokens, layers),
-        "generation_config.json": generation,
-        "tokenizer.json": _tokenizer(tokens),
-        "tokenizer_config.json": _tokenizer_config(),
-    }
-    for name, document in documents.items():
-        (directory / name).write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    _write_json(directory / "config.json", _config(tokens, layers))
+    _write_json(directory / "generation_config.json", generation)
+    write_tokenizer_files(directory)
     (directory / "README.md").write_text(CARD, encoding="utf-8")
     return directory

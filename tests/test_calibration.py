@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from gemma_gguf import calibration
+from gemma_gguf import calibration, chat, gemma, prompts
 from gemma_gguf.calibration import PublicSet, Text
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import sha256_bytes
+from tests import checkpoints, gemma4
 from tests.hub import DATASET, client_environment, serving
 
 REPO = Path(__file__).parents[1]
@@ -105,6 +106,57 @@ def test_a_part_is_clean_text(path: Path) -> None:
     assert "\ufffd" not in text
     assert re.findall(r"^\t+$", text, re.MULTILINE) == []
     assert all(documents(path)), "a document is empty"
+
+
+# --- conversations in a model's turns ------------------------------------------------------------------------------
+
+
+def rendered(template: str) -> Callable[[list[calibration.Conversation]], list[str]]:
+    """By the template, in the way of transformers, without the first token."""
+    return lambda talks: [
+        text.removeprefix("<bos>")
+        for text in chat.render_many(
+            template, talks, add_generation_prompt=False, bos_token="<bos>", eos_token="<eos>", now=prompts.NOW
+        )
+    ]
+
+
+@pytest.mark.parametrize("split", calibration.SPLITS)
+@pytest.mark.parametrize(
+    "write",
+    [rendered(checkpoints.CHAT_TEMPLATE), lambda talks: calibration.turns_of(gemma.GEMMA_TURNS, talks)],
+    ids=["template", "family"],
+)
+def test_in_gemmas_own_turns_the_text_is_as_it_is_stored(
+    split: str, write: Callable[[list[calibration.Conversation]], list[str]]
+) -> None:
+    stored = calibration.load("default", Path("unused")) if split == "mix" else calibration.held_out()
+    assert calibration.in_turns(split, write, "said nowhere") == stored
+
+
+@pytest.mark.parametrize(
+    "write",
+    [rendered(gemma4.CHAT_TEMPLATE), lambda talks: calibration.turns_of(gemma.GEMMA4_TURNS, talks)],
+    ids=["template", "family"],
+)
+def test_gemma_4_reads_conversations_in_its_own_turns(
+    write: Callable[[list[calibration.Conversation]], list[str]],
+) -> None:
+    stored = calibration.load("default", Path("unused"))
+    text = calibration.in_turns("mix", write, "conversations in turns")
+    assert (text.name, text.source) == ("default", f"{stored.source}, conversations in turns")
+    assert text.sha256 != stored.sha256
+    written = text.data.decode("utf-8")
+    assert "_of_turn>" not in written
+    back = written.replace("<|turn>", "<start_of_turn>").replace("<turn|>", "<end_of_turn>")
+    assert back == stored.data.decode("utf-8")
+
+
+def test_a_model_without_turns_reads_paragraphs() -> None:
+    talk = [{"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "That one."}]
+    assert calibration.turns_of(None, [talk]) == ["Which one?\n\nThat one."]
+    written = calibration.in_turns("mix", lambda talks: calibration.turns_of(None, talks), "as paragraphs")
+    assert b"_of_turn>" not in written.data
 
 
 # --- nothing twice -----------------------------------------------------------------------------------------------

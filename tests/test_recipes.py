@@ -15,8 +15,10 @@ from gemma_gguf.recipes import (
     TABLE,
     Recipe,
     expand,
+    fitted,
     parse_quantize_help,
     select,
+    types_of,
 )
 
 # The order of bartowski's tables, largest first.
@@ -262,3 +264,34 @@ def test_the_real_build_offers_ftypes_and_nothing_else(build: Build, log: RunLog
     assert set(OFFERED) | NOT_RECIPES <= set(offered)
     assert all(about and about == " ".join(about.split()) for about in offered.values())
     assert "llama-quantize --help" in log.path.read_text()
+
+
+# --- recipes fitted to a model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "unread", "per_layer", "added"),
+    [
+        ("IQ2_XXS", [], None, {}),
+        ("IQ2_XXS", [20, 21], None, {r"blk\.(20|21)\.attn_[kv]": "Q2_K"}),
+        ("IQ3_XXS", [3], "Q6_K", {r"blk\.(3)\.attn_[kv]": "Q2_K"}),
+        ("Q2_K_S", [3], None, {r"blk\.(3)\.attn_[kv]": "Q3_K"}),
+        ("Q4_K_M", [20, 21], "Q6_K", {}),
+        ("Q4_K_L", [20, 21], "Q6_K", {"per_layer_token_embd": "Q6_K"}),
+        ("Q4_K_L", [20, 21], None, {}),
+    ],
+    ids=["plain", "unread", "one-layer", "Q2_K_S", "no-need", "large", "large-plain"],
+)
+def test_a_recipe_is_fitted_to_a_model(
+    name: str, unread: list[int], per_layer: str | None, added: dict[str, str]
+) -> None:
+    recipe = fitted(TABLE[name], unread, per_layer)
+    assert types_of(recipe.flags) == added
+    assert recipe.flags[2 * len(added) :] == TABLE[name].flags
+    assert (recipe.name, recipe.ftype, recipe.parent) == (name, TABLE[name].ftype, TABLE[name].parent)
+
+
+def test_a_fitted_recipe_of_the_users_own_keeps_its_options_behind() -> None:
+    """llama-quantize takes the first pattern that a tensor's name holds."""
+    own = Recipe("MINE", "Q4_K_M", "", ("--tensor-type", "attn_k=iq2_xs"))
+    assert types_of(fitted(own, [5], "Q6_K").flags) == {r"blk\.(5)\.attn_[kv]": "Q2_K", "attn_k": "IQ2_XS"}

@@ -40,11 +40,14 @@ def safetensors_bytes(tensors: Mapping[str, tuple[int, ...]]) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
+TOKENIZER_OF = dict.fromkeys(("GemmaForCausalLM", "Gemma2ForCausalLM"), "tokenizer.model")
+
+
 def write_small(directory: Path, architecture: str = "Gemma3ForCausalLM", **config: Any) -> Path:
     """The least that is a checkpoint: config, a tokenizer, one weight file of 6 + 4 weights."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"architectures": [architecture], **config}))
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / TOKENIZER_OF.get(architecture, "tokenizer.json")).write_text("{}")
     (directory / "model.safetensors").write_bytes(safetensors_bytes({"a": (2, 3), "b": (4,)}))
     return directory
 
@@ -245,8 +248,46 @@ def test_families(architecture: str, family: str, gguf_arch: str, tmp_path: Path
     ids=["text", "vision", "audio", "both", "null"],
 )
 def test_what_a_model_perceives(config: dict[str, Any], vision: bool, audio: bool, tmp_path: Path) -> None:
-    facts = fetch(write_small(tmp_path / "m", "Gemma3nForConditionalGeneration", **config)).facts
+    made = write_small(tmp_path / "m", "Gemma3nForConditionalGeneration", **config)
+    towers = {"model.vision_tower.a": (2, 3), "model.audio_tower.b": (4,)}
+    (made / "model.safetensors").write_bytes(safetensors_bytes(towers))
+    facts = fetch(made).facts
     assert (facts.vision, facts.audio) == (vision, audio)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "there", "missing"),
+    [
+        ("GemmaForCausalLM", "tokenizer.json", "tokenizer.model"),
+        ("Gemma2ForCausalLM", "tokenizer.json", "tokenizer.model"),
+        ("Gemma4ForCausalLM", "tokenizer.model", "tokenizer.json"),
+    ],
+)
+def test_a_vocabulary_that_the_converter_cannot_read(
+    architecture: str, there: str, missing: str, tmp_path: Path
+) -> None:
+    """What transformers 5 saves of a fine-tuned Gemma 2 has no tokenizer.model; the converter would fail late."""
+    made = write_small(tmp_path / "m", architecture)
+    for file in ("tokenizer.model", "tokenizer.json"):
+        (made / file).unlink(missing_ok=True)
+    (made / there).write_text("{}")
+    with pytest.raises(BadInputError, match=f"has no {missing}, from which") as caught:
+        fetch(made)
+    assert f"Copy {missing}" in (caught.value.next_step or "")
+
+
+def test_an_output_matrix_that_would_be_lost(tmp_path: Path) -> None:
+    """llama.cpp's Gemma 1 and 2 compute with the embeddings: a copy of them is fine, another matrix is not."""
+    made = write_small(tmp_path / "m", "Gemma2ForCausalLM")
+    weights = made / "model.safetensors"
+    same = safetensors_bytes({"model.embed_tokens.weight": (2, 3), "lm_head.weight": (2, 3)})
+    weights.write_bytes(same)
+    assert fetch(made).facts.n_parameters == 12
+    weights.write_bytes(same[:-1] + b"\x01")
+    with pytest.raises(BadInputError, match=r"output matrix \(lm_head\.weight\) that differs from its embeddings"):
+        fetch(made)
+    (made / "config.json").write_text(json.dumps({"architectures": ["Gemma3ForCausalLM"]}))
+    assert fetch(made).facts.family == "Gemma 3"  # which has a place for it
 
 
 def test_only_needed_files_are_taken(small: Path) -> None:
