@@ -49,6 +49,13 @@ FAMILIES = (
     ),
 )
 WITHOUT_LOGITS = frozenset({"gemma-embedding"})  # values of general.architecture
+# Drafts for speculative decoding: the converter knows them, but llama.cpp makes no context of one without the model
+# that it drafts for. Each with the prefix by which llama-server's `-hf` tells such a file from a model.
+DRAFTS: Mapping[str, str] = {
+    "Gemma4AssistantForCausalLM": "mtp",
+    "Gemma4UnifiedAssistantForCausalLM": "mtp",
+    "Gemma4DSparkModel": "dspark",
+}
 _BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 
 

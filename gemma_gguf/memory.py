@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_gguf import table
+from gemma_gguf import gemma, table
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.manifest import CacheGroup, ContextFacts, ContextMemory, FileEntry, Manifest
@@ -56,6 +56,8 @@ def context_facts(header: Header, measured: Sequence[ContextMemory], build: str)
     heads = get("attention.head_count_kv", get("attention.head_count"))
     heads = heads if isinstance(heads, list) else [heads] * n_layers
     with_cache = n_layers - number("attention.shared_kv_layers")
+    if arch in gemma.WITHOUT_LOGITS:
+        with_cache = 0  # every text is read at once, in both directions
     if arch == "gemma3n":
         with_cache = min(n_layers, _GEMMA_3N_LAYERS_WITH_CACHE)
     full = number("attention.key_length", per_head), number("attention.value_length", per_head)
@@ -146,6 +148,8 @@ def estimated_buffer_bytes(facts: ContextFacts, n_ctx: int) -> int:
     cells = _padded(n_ctx)
     widest = max((group.k_width + group.v_width for group in facts.cache), default=0)
     activations = 2 * (facts.n_ff + facts.q_width + widest) + 4 * facts.n_embd_per_layer + 8 * facts.n_embd
+    if not facts.cache:  # a text that is read in both directions is computed at once, without logits
+        return 4 * cells * cells + 4 * cells * activations
     masks = 2 * UBATCH * (cells + _padded(min(cells, facts.window * SLOTS + UBATCH)))
     return masks + 4 * UBATCH * activations + 3 * 4 * SLOTS * facts.n_vocab
 
@@ -172,7 +176,7 @@ class Choice:
 
     entry: FileEntry | None
     n_bytes: int
-    measured: bool  # its KLD was, and decided
+    measured: bool  # its distance from the base was, and decided
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,8 @@ def choices(manifest: Manifest) -> Choices | None:
     candidates = [entry for entry in models if entry not in bases] or models
     base = bases[0] if bases and bases[0] not in candidates else None
     projector = table.projector(manifest)
-    quality = {} if manifest.model.base_is_dequantised else table.qualities(manifest)
-    klds = {entry.name: quality[entry.name].kld.value for entry in candidates if entry.name in quality}
+    quality = {} if manifest.model.base_is_dequantised else table.closeness(manifest)
+    klds = {entry.name: table.distance(quality[entry.name]).value for entry in candidates if entry.name in quality}
     ranked = sorted(candidates, key=lambda entry: _rank(entry, klds))
     lengths = contexts_of(facts.n_ctx_train)
     beside = {n_ctx: context_bytes(facts, n_ctx) for n_ctx in lengths}
