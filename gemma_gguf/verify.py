@@ -198,7 +198,8 @@ def check_projector(path: Path, base: Path, *, build: Build, log: RunLog) -> str
         side = 64
         write_atomic(picture, b"P6 %d %d 255\n" % (side, side) + bytes(range(256)) * (3 * side * side // 256))
         argv: list[str | Path] = [build.tool("llama-mtmd-cli"), "-m", base, "--mmproj", path, "--image", picture]
-        run_tool([*argv, "-p", "A picture.", "-n", "1", "-c", "2048", "--no-warmup"], log=log)
+        # Gemma 4's template is none of those that llama.cpp knows without Jinja.
+        run_tool([*argv, "--jinja", "-p", "A picture.", "-n", "1", "-c", "2048", "--no-warmup"], log=log)
     except ToolFailedError as error:
         raise VerificationError(
             f"{path} does not work in llama.cpp as the projector of {base.name}: {error.what}", log=log.path

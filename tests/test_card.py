@@ -784,7 +784,7 @@ def test_commands_of_every_program(theme: str, language: str) -> None:
         """-d '{"messages": [{"role": "user", "content": "Which planet is the largest?"}]}'\n""",
         f"lms get https://huggingface.co/{repo}@Q4_K_M\n",
         f"ollama run hf.co/{repo}:Q4_K_M\n",
-        f"llama-mtmd-cli -m {STEM}-Q4_K_M.gguf --mmproj mmproj-{STEM}-f16.gguf --image picture.png "
+        f"llama-mtmd-cli -m {STEM}-Q4_K_M.gguf --mmproj mmproj-{STEM}-f16.gguf --jinja --image picture.png "
         '-p "What is in this picture?"\n',
         f'pip install -U huggingface_hub\nhf download {repo} --include "{STEM}-Q4_K_M.gguf" --local-dir ./\n',
         f"gemma-gguf run google/gemma-3-4b-it@{COMMIT} --llama-cpp pypi:0.3.36 "

@@ -12,9 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_gguf import card, embedding, factory, gguf_io, llama_cpp, manifest, memory, pictures, recipes, source, table
+from gemma_gguf import (
+    card,
+    embedding,
+    evaluate,
+    factory,
+    gguf_io,
+    llama_cpp,
+    manifest,
+    memory,
+    pictures,
+    proof,
+    recipes,
+    source,
+    table,
+)
 from gemma_gguf.embedding import Vectors
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import EmbeddingFacts, Manifest
 from gemma_gguf.session import Options, Report
@@ -184,6 +198,20 @@ def test_the_set_is_whole(made: Report, facts: Manifest) -> None:
     assert "--sentence-transformers-dense-modules" in facts.stages["convert"].argv[0]
     proof = [done for done in made.done if done.stage == "proof"]
     assert [done.why.partition(",")[0] for done in proof] == ["byte-identical to llama-quantize's"]
+
+
+def test_low_bit_files_are_llama_quantizes(made: Report) -> None:
+    """With the layers after the pooling pinned: without that llama-quantize makes none of few bits."""
+    assert proof.prove_set(made.set_dir, sample=2) == ["IQ2_XS", "Q4_K_M"]
+
+
+def test_llama_bench_reads_and_pools(build: Build, tmp_path: Path) -> None:
+    argv = evaluate.bench_argv(build, tmp_path / "m.gguf", threads=3, gpu_layers=0, n_generate=0)
+    assert argv[3:9] == ["-p", "512", "-n", "0", "-embd", "1"]
+    row = '{"n_gen": 0, "n_prompt": 512, "samples_ts": [31.5]}'
+    assert evaluate.parse_bench_log(row, 0) == ([31.5], [])
+    with pytest.raises(ToolFailedError):
+        evaluate.parse_bench_log(row)  # of a model that generates the other half is missing
 
 
 def test_files_are_measured_by_their_embeddings(facts: Manifest) -> None:
