@@ -43,13 +43,15 @@ def check(model: str, text: str, settings: Settings) -> dict[str, object]:
 
 def tokens(model: str, text: str, settings: Settings) -> dict[str, object]:
     """Count the tokens of a text, with BOS where the model wants it; `parse_special` as llama-imatrix does (default),
-    or not, as llama-perplexity does.
+    or not, as llama-perplexity does. EOS counts where the model wants it, unless `add_eos` is false.
     """
     import llama_cpp  # noqa: PLC0415
 
     llama = llama_cpp.Llama(model, vocab_only=True, verbose=False)
     found = llama.tokenize(Path(text).read_bytes(), add_bos=True, special=settings.get("parse_special", True))
-    return {"n_tokens": len(found), "n_vocab": llama.n_vocab()}
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    ends = llama_cpp.llama_vocab_get_add_eos(vocab) and not settings.get("add_eos", True)
+    return {"n_tokens": len(found) - int(ends), "n_vocab": llama.n_vocab()}
 
 
 def base_logits(model: str, text: str, settings: Settings) -> dict[str, object]:
@@ -191,12 +193,7 @@ class _Forward:
         return made
 
     def _tokenize(self, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
-        room = len(data) + 8  # no token is shorter than a byte, but BOS and EOS may come in addition
-        buffer = (self._llama.llama_token * room)()
-        count = self._llama.llama_tokenize(self._vocab, data, len(data), buffer, room, add_special, parse_special)
-        if count < 0:
-            raise ValueError(f"the text has {-count} tokens, more than its {len(data)} bytes")
-        return list(buffer[:count])
+        return _token_ids(self._llama, self._vocab, data, add_special=add_special, parse_special=parse_special)
 
     def logits(self, chunk: _Chunk) -> scoring.Floats:
         """The logits before each scored token, shape (scored, n_vocab): llama.cpp's own buffer, until the next call."""
@@ -220,6 +217,15 @@ class _Forward:
             self._llama.llama_batch_free(batch)
         pointer = self._llama.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(len(chunk.scored), self.n_vocab))
+
+
+def _token_ids(llama_cpp: Any, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
+    room = len(data) + 8  # no token is shorter than a byte, but BOS and EOS may come in addition
+    buffer = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, room, add_special, parse_special)
+    if count < 0:
+        raise ValueError(f"the text has {-count} tokens, more than its {len(data)} bytes")
+    return list(buffer[:count])
 
 
 @contextlib.contextmanager
@@ -251,9 +257,9 @@ def _loaded(path: str, settings: Settings) -> Iterator[_Forward]:
 def contexts(model: str, _text: str, settings: Settings) -> dict[str, object]:
     """What llama.cpp writes while it makes contexts, by their length.
 
-    `settings`: `lengths` in tokens, `slots` that share the cache, `ubatch` tokens computed at once. Nothing is
-    read but the header and nothing allocated: llama.cpp simulates that, as it does to fit a model to a machine. As in
-    llama-server, there is room for the logits of one token of each slot.
+    `settings`: `lengths` in tokens, `slots` that share the cache, `ubatch` tokens computed at once, `embeddings` for a
+    model that gives those. Nothing is read but the header and nothing allocated: llama.cpp simulates that, as it does
+    to fit a model to a machine. As in llama-server, there is room for the logits of one token of each slot.
     """
     import llama_cpp  # noqa: PLC0415
 
@@ -274,8 +280,12 @@ def contexts(model: str, _text: str, settings: Settings) -> dict[str, object]:
     for length in settings["lengths"]:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = length, 2048, settings["ubatch"]
-        params.n_seq_max = params.n_outputs_max = settings["slots"]
+        params.n_seq_max = settings["slots"]
         params.kv_unified, params.swa_full = True, False
+        if settings.get("embeddings"):
+            params.embeddings = True  # every token is an output
+        else:
+            params.n_outputs_max = settings["slots"]
         lines.clear()
         made = llama_cpp.llama_init_from_model(loaded, params)
         if not made:
@@ -286,7 +296,151 @@ def contexts(model: str, _text: str, settings: Settings) -> dict[str, object]:
     return {"logs": logs}
 
 
-COMMANDS = {"check": check, "tokens": tokens, "base_logits": base_logits, "score": score, "contexts": contexts}
+# --- embeddings --------------------------------------------------------------------------------------------------
+
+READ_TOKENS = 512  # at once; a longer text is cut
+READ_TEXTS = 32  # at once
+
+
+def embed(model: str, text: str, settings: Settings) -> dict[str, object]:
+    """Embed texts, a JSON list of strings, with BOS and EOS as the model wants them and the pooling it names.
+
+    Vectors go to the file `out` if there is one: float32, one row per text, of any length. `all_finite` and `varied`
+    say whether every number is finite and the vectors differ.
+    """
+    texts = json.loads(Path(text).read_bytes())
+    vectors = np.concatenate(list(_vectors(model, texts, settings)))
+    if "out" in settings:
+        write_stream(Path(settings["out"]), [vectors.tobytes()])
+    finite = bool(np.isfinite(vectors).all())
+    varied = finite and bool((vectors != vectors[0]).any() if len(vectors) > 1 else vectors.any())
+    return {"n_texts": len(vectors), "n_embd": vectors.shape[1], "all_finite": finite, "varied": varied}
+
+
+def _vectors(model: str, texts: list[str], settings: Settings) -> Iterator[scoring.Floats]:
+    """The vectors of texts in the order given, in blocks of shape (texts read at once, width)."""
+    import llama_cpp  # noqa: PLC0415
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    llama_cpp.llama_backend_init()
+    how = llama_cpp.llama_model_default_params()
+    how.n_gpu_layers = settings.get("gpu_layers", 0)
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
+    if not loaded:
+        raise RuntimeError(f"llama.cpp cannot load {model}")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = READ_TOKENS  # a text that is read both ways must be in one batch
+    params.n_seq_max, params.kv_unified, params.embeddings = READ_TEXTS, True, True
+    params.n_threads = params.n_threads_batch = settings.get("threads", 1)
+    context = llama_cpp.llama_init_from_model(loaded, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot make a context for {model}")
+    if llama_cpp.llama_pooling_type(context) == llama_cpp.LLAMA_POOLING_TYPE_NONE:
+        raise RuntimeError(f"{model} does not say how it pools")
+    width = int(llama_cpp.llama_model_n_embd_out(loaded))
+    vocab = llama_cpp.llama_model_get_vocab(loaded)
+    tokenized = [
+        _token_ids(llama_cpp, vocab, text.encode(), add_special=True, parse_special=False)[:READ_TOKENS]
+        for text in texts
+    ]
+    done = 0
+    while done < len(texts):
+        end, n_tokens = done, 0
+        while end < len(texts) and end - done < READ_TEXTS and n_tokens + len(tokenized[end]) <= READ_TOKENS:
+            n_tokens += len(tokenized[end])
+            end += 1
+        batch = llama_cpp.llama_batch_init(n_tokens, 0, 1)
+        place = 0
+        for sequence, ids in enumerate(tokenized[done:end]):
+            for position, token in enumerate(ids):
+                batch.token[place], batch.pos[place] = token, position
+                batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, sequence, 1
+                place += 1
+        batch.n_tokens = n_tokens
+        code = llama_cpp.llama_encode(context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code != 0:
+            raise RuntimeError(f"llama_encode ended with {code}")
+        rows = [llama_cpp.llama_get_embeddings_seq(context, sequence) for sequence in range(end - done)]
+        yield np.array([np.ctypeslib.as_array(row, shape=(width,)) for row in rows])
+        done = end
+        _say_progress(done, len(texts))
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(loaded)
+
+
+# --- projectors --------------------------------------------------------------------------------------------------
+
+PICTURE_SIDE, SOUND_SECONDS = 64, 2
+
+
+def perceive(model: str, _text: str, settings: Settings) -> dict[str, object]:
+    """Load the projector `mmproj` beside its model, show it a picture and play it a sound, as far as it takes them.
+
+    Answers {"vision": ..., "audio": ...}, each None where the projector has no such tower, else how many vectors it
+    gave and whether all are finite and not all alike. Of the model only header and vocabulary are read.
+    """
+    import llama_cpp  # noqa: PLC0415
+    from llama_cpp import mtmd_cpp  # noqa: PLC0415
+
+    llama_cpp.llama_backend_init()
+    how = llama_cpp.llama_model_default_params()
+    how.no_alloc, how.load_mode, how.n_gpu_layers = True, 0, 0  # 0 is LLAMA_LOAD_MODE_NONE
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
+    if not loaded:
+        raise RuntimeError(f"llama.cpp cannot load {model}")
+    params = mtmd_cpp.mtmd_context_params_default()
+    params.use_gpu, params.warmup, params.n_threads = False, False, settings.get("threads", 1)
+    context = mtmd_cpp.mtmd_init_from_file(settings["mmproj"].encode(), loaded, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot load {settings['mmproj']} as the projector of {model}")
+    width = int(llama_cpp.llama_model_n_embd_inp(loaded))
+    chance = np.random.default_rng(0)
+    answer: dict[str, object] = {"vision": None, "audio": None}
+    if mtmd_cpp.mtmd_support_vision(context):
+        pixels = np.ctypeslib.as_ctypes(chance.integers(0, 256, 3 * PICTURE_SIDE**2, np.uint8))
+        bitmap = mtmd_cpp.mtmd_bitmap_init(PICTURE_SIDE, PICTURE_SIDE, pixels)
+        answer["vision"] = _projected(mtmd_cpp, context, bitmap, width)
+    if mtmd_cpp.mtmd_support_audio(context):
+        n_samples = SOUND_SECONDS * int(mtmd_cpp.mtmd_get_audio_sample_rate(context))
+        samples = np.ctypeslib.as_ctypes(chance.normal(0, 0.1, n_samples).astype(np.float32))
+        bitmap = mtmd_cpp.mtmd_bitmap_init_from_audio(n_samples, samples)
+        answer["audio"] = _projected(mtmd_cpp, context, bitmap, width)
+    return answer
+
+
+def _projected(mtmd_cpp: Any, context: Any, bitmap: Any, width: int) -> dict[str, object]:
+    """What a projector makes of one picture or sound."""
+    chunks = mtmd_cpp.mtmd_input_chunks_init()
+    marker = mtmd_cpp.mtmd_default_marker()
+    text = mtmd_cpp.mtmd_input_text(text=marker, text_len=len(marker), add_special=True, parse_special=True)
+    code = mtmd_cpp.mtmd_tokenize(context, chunks, text, (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
+    if code != 0:
+        raise RuntimeError(f"mtmd_tokenize ended with {code}")
+    found = []
+    for number in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
+        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, number)
+        if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            continue
+        code = mtmd_cpp.mtmd_encode_chunk(context, chunk)
+        if code != 0:
+            raise RuntimeError(f"mtmd_encode_chunk ended with {code}")
+        shape = (int(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)), width)
+        found.append(np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), shape=shape).copy())
+    vectors = np.concatenate(found)
+    finite = bool(np.isfinite(vectors).all())
+    return {"n_vectors": len(vectors), "all_finite": finite, "varied": finite and bool(vectors.std() > 0)}
+
+
+COMMANDS = {
+    "perceive": perceive,
+    "check": check,
+    "tokens": tokens,
+    "base_logits": base_logits,
+    "score": score,
+    "contexts": contexts,
+    "embed": embed,
+}
 
 if __name__ == "__main__":
     command, model_path, text_path, given = sys.argv[1:]

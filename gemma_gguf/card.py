@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import gemma, memory, pictures, prompts, recipes, table
+from gemma_gguf import embedding, gemma, memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import Manifest
+from gemma_gguf.manifest import Manifest, Similarity
 from gemma_gguf.resources import TEMPLATES
 from gemma_gguf.table import gigabytes
 
@@ -83,7 +83,8 @@ def front_matter(manifest: Manifest) -> "ModelCardData":
     carried.setdefault("pipeline_tag", _pipeline_tag(manifest))
     listed = original.get("tags")
     listed = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
-    tags = [tag for tag in listed if isinstance(tag, str)]
+    # The Hub makes tags of base models itself, out of `base_model`: the original's would name another one.
+    tags = [tag for tag in listed if isinstance(tag, str) and not tag.startswith("base_model:")]
     # Front matter must stay what it is after a round trip, so values the Hub does not know are left out, not blanked.
     return ModelCardData(
         base_model=model.repo,
@@ -93,6 +94,17 @@ def front_matter(manifest: Manifest) -> "ModelCardData":
         quantized_by=manifest.card.quantized_by,
         **carried,
     )
+
+
+def made_from(manifest: Manifest) -> list[str]:
+    """Hub ids of what the original card says its model was made from: a fine-tune's base, a merge's parts.
+
+    The front matter of a set names the model that was quantised, never these.
+    """
+    said = manifest.model.front_matter.get("base_model")
+    listed = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+    ids = [name for name in listed if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)]
+    return [name for name in dict.fromkeys(ids) if name != manifest.model.repo]
 
 
 def _pipeline_tag(manifest: Manifest) -> str:
@@ -126,6 +138,16 @@ def _code(text: object) -> str:
 def _fenced(text: object) -> str:
     """Text on one line of a fenced code block: no backtick ends the block."""
     return " ".join(str(text).split()).replace("`", "'")
+
+
+def _kept(text: object) -> str:
+    """Text inside a code span whose spaces count: a prompt ends in one."""
+    return re.sub(r"[^\S ]", " ", str(text)).replace("`", "'")
+
+
+def _quoted(text: object) -> str:
+    """A string as JSON and Python write it, also inside single quotes of a shell and in a fenced block."""
+    return json.dumps(str(text), ensure_ascii=False).replace("'", "\\u0027").replace("`", "\\u0060")
 
 
 def _wide(heading: object) -> str:
@@ -234,14 +256,17 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
     """Everything the templates may name; `words` translates what is said in rows."""
     words = words or gettext.NullTranslations()
     build, picked = manifest.llama_cpp, table.pick(manifest)
-    quality = table.qualities(manifest)
+    close = table.closeness(manifest)
+    quality, likes = table.qualities(manifest), [q for q in close.values() if isinstance(q, Similarity)]
     setups = {(q.text, q.text_sha256, q.mode, q.chunk_size, q.n_chunks, q.n_tokens): q for q in quality.values()}
+    lines = {(q.text, q.text_sha256, q.n_lines): q for q in likes}
     large = [entry for entry in table.in_order(manifest) if entry.parent is not None]
     sampling, sampling_flags = sampling_settings(manifest)
     models = [entry for entry in manifest.files if entry.kind == "model"]
     return {
         "manifest": manifest,
         "model": manifest.model,
+        "made_from": made_from(manifest),
         "build": build,
         "build_name": f"b{build.build_number}" if build.build_number else build.version,
         "languages": [
@@ -250,7 +275,10 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         ],
         "repo": manifest.card.repo or f"YOUR_NAMESPACE/{manifest.stem}-GGUF",
         "is_published": manifest.card.repo is not None,
-        "is_embedding": manifest.model.gguf_arch in gemma.WITHOUT_LOGITS,
+        "is_embedding": manifest.model.embedding is not None,
+        "said": _embedding_prompts(manifest),
+        # A text that is read in both directions must be in one batch, whole.
+        "n_batch": manifest.context.n_ctx_train if manifest.context else 2048,
         "sampling": sampling,
         "sampling_flags": sampling_flags,
         "python_sampling": python_sampling(manifest),
@@ -258,10 +286,11 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "rows": table.download_rows(manifest, words, "" if language in _NO_SPACE else " "),
         "is_partial": table.is_partial(manifest),
         "n_made": len(models),
-        "n_measured": len(quality),
+        "n_measured": len(close),
         "n_asked": len(set(manifest.recipes) | {entry.recipe for entry in models}),
         "older": [entry for entry in manifest.files if entry.build != build.key],
         "setups": list(setups.values()),
+        "line_setups": list(lines.values()),
         "pick": picked,
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
         "splits": [entry for entry in models if "/" in entry.name],
@@ -278,6 +307,14 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "pictures": {name: pictures.alt_text(name, data, words) for name, data in pictures.shown(manifest).items()},
         "undrawn": sorted(set(pictures.all_data(manifest)) - set(pictures.shown(manifest))),
     }
+
+
+def _embedding_prompts(manifest: Manifest) -> dict[str, str]:
+    """{name: prompt} of a model that gives embeddings, those for queries and documents first."""
+    facts = manifest.model.embedding
+    prompts = facts.prompts if facts is not None else {}
+    first = [name for name in (embedding.QUERY, embedding.DOCUMENT) if name in prompts]
+    return {name: prompts[name] for name in (*first, *sorted(set(prompts) - set(first))) if prompts[name]}
 
 
 # --- rendering ---------------------------------------------------------------------------------------------------
@@ -337,6 +374,8 @@ class Renderer:
         environment.filters["fenced"] = _fenced
         environment.filters["gb"] = gigabytes
         environment.filters["wide"] = _wide
+        environment.filters["kept"] = _kept
+        environment.filters["quoted"] = _quoted
         environment.filters["block"] = prompts.block
         environment.filters["tokens"] = memory.short_tokens
         return environment

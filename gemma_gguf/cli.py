@@ -19,6 +19,7 @@ from gemma_gguf import (
     calibration,
     card,
     demo,
+    embedding,
     evaluate,
     evidence,
     factory,
@@ -139,8 +140,9 @@ _evaluation_options = _with_options(
     click.option(
         "--eval-chunks",
         type=click.IntRange(1),
-        help=f"Measure quality on N chunks of {evaluate.CHUNK_TOKENS} tokens, or on N conversations "
-        f"(default: {evaluate.DEFAULT_CHUNKS['plain']}, {evaluate.DEFAULT_CHUNKS['chat']}).",
+        help=f"Measure quality on N chunks of {evaluate.CHUNK_TOKENS} tokens, on N conversations, or on N lines of "
+        f"a model that gives embeddings (default: {evaluate.DEFAULT_CHUNKS['plain']}, "
+        f"{evaluate.DEFAULT_CHUNKS['chat']}, {embedding.DEFAULT_LINES}).",
         metavar="N",
     ),
     click.option(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_gguf import gguf_io
+from gemma_gguf import embedding, gguf_io
 from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import partial_path
 from gemma_gguf.gguf_io import Header
@@ -63,9 +63,11 @@ def stage_checkpoint(source: Source, work: Path) -> Path:
     return staged
 
 
-def converter_argv(build: Build, staged: str, outtype: str, outfile: str, *, mmproj: bool) -> list[str]:
+def converter_argv(
+    build: Build, staged: str, outtype: str, outfile: str, *, mmproj: bool, flags: Sequence[str] = ()
+) -> list[str]:
     """The converter's command line; paths are relative to the work directory, so none of this machine's is kept."""
-    kind = ["--mmproj"] if mmproj else []
+    kind = ["--mmproj"] if mmproj else [*flags]
     return [sys.executable, str(build.converter), staged, "--outtype", outtype, "--outfile", outfile, *kind]
 
 
@@ -86,7 +88,12 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
         )
     staged = stage_checkpoint(source, work).relative_to(work).as_posix()
     stem = source.name.stem
-    base = _convert_one(build, work, staged, "bf16", base_name(stem), mmproj=False, log=log, progress=progress)
+    flags = embedding.converter_flags(source.facts.gguf_arch)
+    base = _convert_one(
+        build, work, staged, "bf16", base_name(stem), mmproj=False, flags=flags, log=log, progress=progress
+    )
+    if source.facts.embedding is not None:
+        embedding.check_base(base.header, source.facts.embedding)
     made = [base]
     if len(output_names(source)) > 1:
         for outtype in MMPROJ_TYPES:
@@ -105,7 +112,16 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
 
 
 def _convert_one(
-    build: Build, work: Path, staged: str, outtype: str, name: str, *, mmproj: bool, log: RunLog, progress: Progress
+    build: Build,
+    work: Path,
+    staged: str,
+    outtype: str,
+    name: str,
+    *,
+    mmproj: bool,
+    flags: Sequence[str] = (),
+    log: RunLog,
+    progress: Progress,
 ) -> Converted:
     written = partial_path(work / name)
     written.unlink(missing_ok=True)
@@ -114,7 +130,7 @@ def _convert_one(
         if match := re.match(r"Writing: +(\d+)%", piece):
             progress(f"converting {name}", int(match[1]), 100, "%")
 
-    argv = converter_argv(build, staged, outtype, written.name, mmproj=mmproj)
+    argv = converter_argv(build, staged, outtype, written.name, mmproj=mmproj, flags=flags)
     done = run_tool(argv, log=log, cwd=work, env=python_env(build), on_piece=show)
     header = gguf_io.read_header(written)
     if not header.tensors:

@@ -22,10 +22,11 @@ import numpy as np
 
 from gemma_gguf import chat, scoring
 from gemma_gguf.calibration import Conversation, Text
+from gemma_gguf.embedding import Lines, Vectors, similarity
 from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.files import make_directory, sha256_bytes, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, cpu_name, cpu_threads, run_tool
-from gemma_gguf.manifest import FileEntry, Measured, Quality, Speed
+from gemma_gguf.manifest import FileEntry, Measured, Quality, Similarity, Speed
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
@@ -240,6 +241,82 @@ def comparing(
         shutil.rmtree(directory, ignore_errors=True)
 
 
+# --- embeddings ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What every similarity of a set has in common: the build that measures, the base, and the lines."""
+
+    build: Build
+    base: Path
+    base_sha256: str
+    lines: Lines
+    threads: int
+    gpu_layers: int
+
+    def measured(self, known: Similarity | None) -> bool:
+        """Whether a similarity that is known already is of just this base, lines and build."""
+        return known is not None and (known.base_sha256, known.text_sha256, known.build) == (
+            self.base_sha256,
+            self.lines.sha256,
+            self.build.key,
+        )
+
+
+@contextlib.contextmanager
+def embedding_files(
+    against: Embedding, *, directory: Path, log: RunLog, progress: Progress = silent
+) -> Iterator[Callable[[Path], Similarity]]:
+    """A function that measures a file: its vectors of all lines against those of the base, which are computed once.
+
+    `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    make_directory(directory)
+    lines, out = directory / "lines.json", directory / "vectors"
+    base: list[Vectors] = []
+
+    def vectors(model: Path, label: str) -> Vectors:
+        settings = {"out": str(out), "threads": against.threads, "gpu_layers": against.gpu_layers}
+        answer = ask_bindings(
+            against.build,
+            "embed",
+            model,
+            lines,
+            log,
+            settings=settings,
+            on_progress=lambda done, total: progress(label, done, total, "lines"),
+        )
+        return np.fromfile(out, np.float32).reshape(int(answer["n_texts"]), int(answer["n_embd"]))
+
+    def measure(file: Path) -> Similarity:
+        if not base:
+            base.append(vectors(against.base, "embedding the lines with the base"))
+        try:
+            figures = similarity(base[0], vectors(file, f"evaluating {file.stem}"))
+        except VerificationError as error:
+            raise VerificationError(
+                f"{file} cannot be measured: {error.what}",
+                next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
+                log=log.path,
+            ) from error
+        return Similarity(
+            base_sha256=against.base_sha256,
+            text=against.lines.name,
+            text_sha256=against.lines.sha256,
+            prompt=against.lines.prompt,
+            build=against.build.key,
+            **figures,
+        )
+
+    try:
+        write_atomic(lines, against.lines.data)
+        yield measure
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 # --- speed ---------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +346,7 @@ def bench_choice(entries: Sequence[FileEntry], wanted: Sequence[str] | None) -> 
     return [by_recipe[name] for name in dict.fromkeys(names)]
 
 
-def speed_is_current(speed: Speed | None, build: Build, threads: int) -> bool:
+def speed_is_current(speed: Speed | None, build: Build, threads: int, *, n_generate: int = BENCH_GENERATE) -> bool:
     """Whether a speed that is known already is of this build and machine, with so many threads."""
     return speed is not None and (
         speed.build,
@@ -278,19 +355,23 @@ def speed_is_current(speed: Speed | None, build: Build, threads: int) -> bool:
         speed.threads,
         speed.n_prompt,
         speed.n_generate,
-    ) == (build.key, cpu_name(), build.backend, threads, BENCH_PROMPT, BENCH_GENERATE)
+    ) == (build.key, cpu_name(), build.backend, threads, BENCH_PROMPT, n_generate)
 
 
-def bench_argv(build: Build, model: Path, *, threads: int, gpu_layers: int) -> list[str]:
+def bench_argv(
+    build: Build, model: Path, *, threads: int, gpu_layers: int, n_generate: int = BENCH_GENERATE
+) -> list[str]:
     """One visit of llama-bench to a file: prompt processing and generation, once each after a warm-up.
 
+    A model that gives embeddings generates nothing: with `n_generate` 0 it reads and pools.
     It says what it does, because its memory is looked at whenever it says something.
     """
-    argv = [str(build.tool("llama-bench")), "-m", str(model), "-p", str(BENCH_PROMPT), "-n", str(BENCH_GENERATE)]
+    argv = [str(build.tool("llama-bench")), "-m", str(model), "-p", str(BENCH_PROMPT), "-n", str(n_generate)]
+    argv += [] if n_generate else ["-embd", "1"]
     return [*argv, "-r", "1", "-t", str(threads), "-ngl", str(gpu_layers), "-o", "jsonl", "--progress"]
 
 
-def parse_bench_log(output: str) -> tuple[list[float], list[float]]:
+def parse_bench_log(output: str, n_generate: int = BENCH_GENERATE) -> tuple[list[float], list[float]]:
     """(prompt, generation) speeds in tokens per second from llama-bench's `jsonl`, one object per line and test."""
     prompt: list[float] = []
     generate: list[float] = []
@@ -298,7 +379,7 @@ def parse_bench_log(output: str) -> tuple[list[float], list[float]]:
         if line.startswith("{"):
             row = json.loads(line)
             (generate if row["n_gen"] else prompt).extend(float(value) for value in row["samples_ts"])
-    if not prompt or not generate:
+    if not prompt or len(generate) != len(prompt) * bool(n_generate):
         raise ToolFailedError(f"llama-bench did not say how fast it was: {output.strip()[-300:]!r}")
     return prompt, generate
 
@@ -309,6 +390,7 @@ def bench(
     *,
     threads: int,
     gpu_layers: int = 0,
+    n_generate: int = BENCH_GENERATE,
     rounds: int = BENCH_ROUNDS,
     log: RunLog,
     progress: Progress = silent,
@@ -324,8 +406,9 @@ def bench(
     for visit in range(rounds * len(files)):
         number = visit % len(files)
         progress("measuring speed", visit, rounds * len(files), "visits")
-        done = run_tool(bench_argv(build, files[number], threads=threads, gpu_layers=gpu_layers), log=log)
-        fast = parse_bench_log(done.output)
+        argv = bench_argv(build, files[number], threads=threads, gpu_layers=gpu_layers, n_generate=n_generate)
+        done = run_tool(argv, log=log)
+        fast = parse_bench_log(done.output, n_generate)
         prompt[number] += fast[0]
         generate[number] += fast[1]
         memory[number] = max(memory[number], done.peak_memory)
@@ -336,9 +419,9 @@ def bench(
             backend=build.backend,
             threads=threads,
             n_prompt=BENCH_PROMPT,
-            n_generate=BENCH_GENERATE,
+            n_generate=n_generate,
             prompt_per_second=_mean(prompt[number]),
-            generate_per_second=_mean(generate[number]),
+            generate_per_second=_mean(generate[number]) if n_generate else None,
             peak_memory_bytes=memory[number] or None,
         )
         for number in range(len(files))

@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma_gguf import calibration, evaluate, gemma, gguf_io, llama_cpp, manifest
+from gemma_gguf import calibration, embedding, evaluate, gemma, gguf_io, llama_cpp, manifest
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.evaluate import Against, Material
 from gemma_gguf.files import HashMemory, sha256_json
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Speed, StageRecord
+from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Run, base_places, open_work
 
-NOTHING = Evidence(quality=None, speed=None)
+NOTHING = Evidence(quality=None, similarity=None, speed=None)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class _Set:
     say: Callable[[Done], None]
     whole: bool = True  # every file of the manifest must be there; not so while they are taken away, wave by wave
 
-    def note(self, sha256: str, *, quality: Quality | None = None, speed: Speed | None = None) -> None:
-        """Write down what was measured of the bytes with this hash; the other half of the evidence stays."""
-        old = self.manifest.evidence.get(sha256, NOTHING)
-        new = Evidence(quality=quality or old.quality, speed=speed or old.speed)
+    def note(self, sha256: str, measured: Quality | Similarity | Speed) -> None:
+        """Write down what was measured of the bytes with this hash; the rest of the evidence stays."""
+        part = {Quality: "quality", Similarity: "similarity", Speed: "speed"}[type(measured)]
+        new = self.manifest.evidence.get(sha256, NOTHING).model_copy(update={part: measured})
         self.record(self.manifest.model_copy(update={"evidence": {**self.manifest.evidence, sha256: new}}))
 
     def record(self, new: Manifest) -> None:
@@ -140,12 +140,12 @@ def _measure(these: _Set, how: Measuring) -> None:
     chosen = evaluate.bench_choice(present, how.bench)
     before = these.manifest.evidence
     if (reason := _no_quality(these)) is None:
-        key = _measure_quality(these, present, base, base_sha256, how)
+        embeds = these.manifest.model.embedding is not None
+        key = (_measure_similarity if embeds else _measure_quality)(these, present, base, base_sha256, how)
     else:
         these.say(Done("evaluate", "quality", False, reason, 0.0))
         key = sha256_json(["evaluate", reason])
-    if these.manifest.model.gguf_arch not in gemma.WITHOUT_LOGITS:
-        _measure_speed(these, chosen, how)
+    _measure_speed(these, chosen, how)
     # What no file of the set is any more would stay forever.
     named = {base_sha256, *(entry.sha256 for entry in these.manifest.files)}
     kept = {sha256: found for sha256, found in these.manifest.evidence.items() if sha256 in named}
@@ -203,8 +203,6 @@ def _base(these: _Set, present: Sequence[FileEntry], reference: str | None) -> t
 
 def _no_quality(these: _Set) -> str | None:
     """Why no quality can be measured, or None."""
-    if these.manifest.model.gguf_arch in gemma.WITHOUT_LOGITS:
-        return "this model has no logits"
     if these.build.bindings is None:
         return f"{these.build.source} has no bindings; measure with: gemma-gguf evaluate DIR"
     return None
@@ -271,9 +269,53 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
                 )
             begun = time.monotonic()
             quality = measure(paths[sha256])
-            these.note(sha256, quality=quality)
+            these.note(sha256, quality)
             these.say(Done("evaluate", name, True, _shown(quality), time.monotonic() - begun))
     return sha256_json(["evaluate", base_sha256, material.sha256, material.mode, against.n_chunks, these.build.key])
+
+
+def _measure_similarity(these: _Set, present: Sequence[FileEntry], base: Path, base_sha256: str, how: Measuring) -> str:
+    """Embed lines with the base and every file; returns the key of what all were measured with."""
+    said = these.manifest.model.embedding
+    assert said is not None
+    text = calibration.held_out()
+    against = evaluate.Embedding(
+        build=these.build,
+        base=base,
+        base_sha256=base_sha256,
+        lines=embedding.lines_of(text.name, text.data, said, how.chunks),
+        threads=evaluate.threads_or_default(how.threads),
+        gpu_layers=how.gpu_layers,
+    )
+    names = {base_sha256: base.name} | _names(present)
+    paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
+    with contextlib.ExitStack() as stack:
+        measure: Callable[[Path], Similarity] | None = None
+        for sha256, name in names.items():
+            known = these.known(sha256).similarity
+            if known is not None and against.measured(known):
+                why = f"the same file, base, lines and build: {_shown_similarity(known)}"
+                these.say(Done("evaluate", name, False, why, 0.0))
+                continue
+            if measure is None:
+                measure = stack.enter_context(
+                    evaluate.embedding_files(
+                        against, directory=these.work / "evaluate", log=these.log, progress=these.progress
+                    )
+                )
+            begun = time.monotonic()
+            found = measure(paths[sha256])
+            these.note(sha256, found)
+            these.say(Done("evaluate", name, True, _shown_similarity(found), time.monotonic() - begun))
+    return sha256_json(["evaluate", base_sha256, against.lines.sha256, these.build.key])
+
+
+def _shown_similarity(found: Similarity) -> str:
+    cosine, same = found.cosine, found.same_nearest
+    return (
+        f"cosine {cosine.value:.6f} ± {cosine.se or 0:.6f}, least {found.cosine_min:.4f}, "
+        f"same nearest {100 * same.value:.2f} ± {100 * (same.se or 0):.2f} %"
+    )
 
 
 def _shown(quality: Quality) -> str:
@@ -289,11 +331,12 @@ def _shown(quality: Quality) -> str:
 
 def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> None:
     threads = evaluate.threads_or_default(how.threads)
+    n_generate = evaluate.BENCH_GENERATE if these.manifest.model.embedding is None else 0
     names = _names(chosen)
     todo: list[FileEntry] = []
     for entry in {entry.sha256: entry for entry in chosen}.values():
         speed = these.known(entry.sha256).speed
-        if speed is not None and evaluate.speed_is_current(speed, these.build, threads):
+        if speed is not None and evaluate.speed_is_current(speed, these.build, threads, n_generate=n_generate):
             why = f"the same file, build and machine: {_shown_speed(speed)}"
             these.say(Done("evaluate", names[entry.sha256], False, why, 0.0))
         else:
@@ -306,18 +349,19 @@ def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> 
         [these.directory / entry.name for entry in todo],
         threads=threads,
         gpu_layers=how.gpu_layers,
+        n_generate=n_generate,
         log=these.log,
         progress=these.progress,
     )
     took = (time.monotonic() - begun) / len(todo)
     for entry, speed in zip(todo, found, strict=True):
-        these.note(entry.sha256, speed=speed)
+        these.note(entry.sha256, speed)
         these.say(Done("evaluate", names[entry.sha256], True, _shown_speed(speed), took))
 
 
 def _shown_speed(speed: Speed) -> str:
     prompt, generate = speed.prompt_per_second, speed.generate_per_second
-    return (
-        f"pp{speed.n_prompt} {prompt.value:.1f} ± {prompt.se or 0:.1f} t/s, "
-        f"tg{speed.n_generate} {generate.value:.1f} ± {generate.se or 0:.1f} t/s"
-    )
+    shown = f"pp{speed.n_prompt} {prompt.value:.1f} ± {prompt.se or 0:.1f} t/s"
+    if generate is None:
+        return shown
+    return f"{shown}, tg{speed.n_generate} {generate.value:.1f} ± {generate.se or 0:.1f} t/s"

@@ -18,6 +18,7 @@ from gemma_gguf import (
     card,
     chat,
     convert,
+    embedding,
     evidence,
     gemma,
     gguf_io,
@@ -30,7 +31,6 @@ from gemma_gguf import (
     production,
     prompts,
     quantize,
-    recipes,
     source,
     survey,
     verify,
@@ -61,6 +61,7 @@ from gemma_gguf.session import (
     plan_recipe,
     probe_text,
     removed_when_bad,
+    select_recipes,
     stage_is_done,
     wanted_recipes,
     why_again,
@@ -138,7 +139,10 @@ def _convert(state: Run) -> None:
             verify.check_finite(output.header)
             text = probe_text(state) if output is made[0] else None
             checks = verify.check_file(output.partial, None, build=state.build, text=text, log=state.log)
-        is_base = output is made[0]
+            is_base = output is made[0]
+            if not is_base:  # the base has its name by now
+                load = verify.check_projector(output.partial, state.base, build=state.build, log=state.log)
+                checks = checks.model_copy(update={"load": load})
         final = state.base if is_base else state.set_dir / output.final_name
         replace_durably(output.partial, final)
         digest = state.memory.sha256(final)
@@ -172,6 +176,8 @@ def _given_base(state: Run, base: Path) -> None:
             next_step="Give the base of this very model, or leave --base out.",
         )
     verify.check_finite(header)
+    if state.source.facts.embedding is not None:
+        embedding.check_base(header, state.source.facts.embedding)
     verify.check_file(base, None, build=state.build, text=probe_text(state), log=state.log)
     key = sha256_json(["base", state.memory.sha256(base)])
     if stage_is_done(state, "convert", key) is None:
@@ -205,7 +211,10 @@ def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory
     if state.build.bindings is None:
         return []
     lengths = memory.contexts_of(memory.context_facts(header, [], "").n_ctx_train)
-    asked = {"lengths": lengths, "slots": memory.SLOTS, "ubatch": memory.UBATCH}
+    embeds = state.source.facts.embedding is not None
+    # A text that is read in both directions must be in one batch.
+    ubatch = max(lengths) if embeds else memory.UBATCH
+    asked = {"lengths": lengths, "slots": memory.SLOTS, "ubatch": ubatch, "embeddings": embeds}
     try:
         logs = llama_cpp.ask_bindings(state.build, "contexts", state.base, None, state.log, settings=asked)["logs"]
         return [memory.parse_context_log(n_ctx, logs[str(n_ctx)]) for n_ctx in lengths]
@@ -251,7 +260,10 @@ def _imatrix(state: Run) -> None:
     write_atomic(text_path, text.data)
     n_chunks: int | None = None
     if state.build.bindings is not None:
-        answer = llama_cpp.ask_bindings(state.build, "tokens", state.base, text_path, state.log)
+        # llama-imatrix adds no EOS, whatever the tokenizer wants.
+        answer = llama_cpp.ask_bindings(
+            state.build, "tokens", state.base, text_path, state.log, settings={"add_eos": False}
+        )
         n_chunks = int(answer["n_tokens"]) // imatrix.CHUNK_TOKENS
         if n_chunks < 2:
             raise BadInputError(
@@ -273,6 +285,7 @@ def _imatrix(state: Run) -> None:
             continue_from=continue_from,
             threads=options.threads,
             gpu_layers=options.gpu_layers,
+            flags=embedding.imatrix_flags(state.source.facts.gguf_arch),
         )
 
     parts = state.work / f"imatrix-{key[:16]}"
@@ -334,7 +347,7 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     """
     if state.options.reference is None:
         return state.base, False
-    (recipe,) = recipes.select([state.options.reference], state.offered, state.options.custom)
+    (recipe,) = select_recipes(state, [state.options.reference])
     if recipe.is_base:
         return state.base, False
     model = state.work / f"imatrix-from-{recipe.name}-{state.memory.sha256(state.base)[:16]}-{state.build.key}.gguf"

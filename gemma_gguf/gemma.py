@@ -138,6 +138,13 @@ FAMILIES = (
         vocabulary="tokenizer.json",
     ),
 )
+# Drafts for speculative decoding: the converter knows them, but llama.cpp makes no context of one without the model
+# that it drafts for. Each with the prefix by which llama-server's `-hf` tells such a file from a model.
+DRAFTS: Mapping[str, str] = {
+    "Gemma4AssistantForCausalLM": "mtp",
+    "Gemma4UnifiedAssistantForCausalLM": "mtp",
+    "Gemma4DSparkModel": "dspark",
+}
 _BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 _BY_GGUF_ARCH: Mapping[str, Family] = {family.gguf_arch: family for family in FAMILIES}
 WITHOUT_LOGITS = frozenset(family.gguf_arch for family in FAMILIES if not family.logits)  # of general.architecture

@@ -7,7 +7,7 @@ ten chunks, so completeness is read from the content.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,15 @@ def imatrix_argv(
     continue_from: str | None = None,
     threads: int | None = None,
     gpu_layers: int = 0,
+    flags: Sequence[str] = (),
 ) -> list[str]:
     """The command line of llama-imatrix. Names are bare: `text` ends in the key `quantize.imatrix.dataset`.
 
+    `flags` are those of the model's architecture (`embedding.imatrix_flags`).
     One chunk of 512 tokens per batch keeps the logits of Gemma's 262,144-token vocabulary at 0.5 GB.
     """
     size = str(CHUNK_TOKENS)
-    argv = [str(build.tool("llama-imatrix")), "-m", base, "-f", text, "-o", out, "--parse-special"]
+    argv = [str(build.tool("llama-imatrix")), "-m", base, "-f", text, "-o", out, "--parse-special", *flags]
     argv += ["-c", size, "-b", size, "-ub", size]
     argv += ["--chunk", str(first_chunk)] if first_chunk else []
     argv += ["--chunks", str(chunks)] if chunks is not None else []

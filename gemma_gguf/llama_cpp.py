@@ -817,6 +817,7 @@ def python_env(build: Build) -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(paths),
         "LLAMA_CPP_LIB_PATH": str(build.bin_dir),
+        "MTMD_CPP_LIB": str(build.bin_dir),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",

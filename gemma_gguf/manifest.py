@@ -59,6 +59,14 @@ class Support(_Model):
     release: Annotated[str, Field(pattern=r"^b\d{1,6}$")] | None
 
 
+class EmbeddingFacts(_Model):
+    """What sentence-transformers files say of a model that gives embeddings instead of logits."""
+
+    prompts: dict[str, str]  # name -> what stands before a text: `query`, `document`, tasks
+    similarity: str | None  # how vectors are compared: `cosine`
+    dense: list[str]  # directories of the layers after the pooling
+
+
 class ModelFacts(_Model):
     """The checkpoint, read from its own files."""
 
@@ -79,6 +87,7 @@ class ModelFacts(_Model):
     chat_template: str | None
     sampling: Sampling | None  # None: of schema 1, which did not record it
     support: Support | None
+    embedding: EmbeddingFacts | None  # None: a model that has logits
     front_matter: dict[str, Any]  # of the original card
     base_is_dequantised: bool
 
@@ -156,7 +165,8 @@ class Checks(_Model):
 
     layout_sha256: Sha256  # over tensor names, shapes and types in file order
     sampled_rows: Count  # dequantised and found finite
-    load: str | None  # how it was loaded in llama.cpp and gave finite logits: `bindings`, `llama-perplexity`, or not
+    # How it was loaded in llama.cpp and gave finite logits or embeddings: `bindings`, or a tool of the build.
+    load: str | None
 
 
 class FileEntry(_Model):
@@ -234,6 +244,24 @@ class Quality(_Model):
     build: str  # key of the llama.cpp build that measured
 
 
+class Similarity(_Model):
+    """How close one file's embeddings are to the base's, on lines of a text that calibration never saw.
+
+    The base's own `Similarity`, against itself, is the noise floor of the rest.
+    """
+
+    base_sha256: Sha256
+    text: str
+    text_sha256: Sha256  # of the chosen lines with their prompts
+    prompt: str  # what stood before each line
+    n_lines: Count
+    n_embd: Count
+    cosine: Measured  # mean over the lines
+    cosine_min: float
+    same_nearest: Measured  # share of lines whose most similar other line is the same, 0 to 1
+    build: str  # key of the llama.cpp build that measured
+
+
 class Speed(_Model):
     """How fast one file runs on the machine that made the set, by llama-bench, and what it takes."""
 
@@ -242,9 +270,9 @@ class Speed(_Model):
     backend: str
     threads: Count
     n_prompt: Count
-    n_generate: Count
+    n_generate: Count  # 0 for a model that generates nothing
     prompt_per_second: Measured  # tokens
-    generate_per_second: Measured
+    generate_per_second: Measured | None
     peak_memory_bytes: Count | None  # resident, while loaded
 
 
@@ -252,6 +280,7 @@ class Evidence(_Model):
     """What was measured of the bytes with one sha256."""
 
     quality: Quality | None
+    similarity: Similarity | None  # in the place of quality for a model that gives embeddings
     speed: Speed | None
 
 
@@ -426,6 +455,17 @@ def _with_schema_2(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
+    model, evidence = raw.get("model"), raw.get("evidence")
+    if isinstance(model, dict):
+        # Earlier versions recorded no prompts of such a model, and its base lacks the dense layers.
+        bare: dict[str, Any] = {"prompts": {}, "similarity": None, "dense": []}
+        embeds = model.get("gguf_arch") == "gemma-embedding"
+        raw = {**raw, "model": {"embedding": bare if embeds else None, **model}}
+    if isinstance(evidence, dict):
+        with_similarity = {
+            key: {"similarity": None, **found} if isinstance(found, dict) else found for key, found in evidence.items()
+        }
+        raw = {**raw, "evidence": with_similarity}
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}

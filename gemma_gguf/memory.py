@@ -54,10 +54,12 @@ def context_facts(header: Header, measured: Sequence[ContextMemory], build: str)
     windowed = _windowed(pattern, n_layers) if window else [False] * n_layers
     heads = get("attention.head_count_kv", get("attention.head_count"))
     heads = heads if isinstance(heads, list) else [heads] * n_layers
+    # A model of embeddings reads every text at once, in both directions, and keeps nothing.
+    with_cache = 0 if arch in gemma.WITHOUT_LOGITS else gemma.layers_with_cache(header)
     full = number("attention.key_length", per_head), number("attention.value_length", per_head)
     local = number("attention.key_length_swa", full[0]), number("attention.value_length_swa", full[1])
     groups: dict[tuple[bool, int, int], int] = {}
-    for layer in range(gemma.layers_with_cache(header)):
+    for layer in range(with_cache):
         key, value = local if windowed[layer] else full
         group = (windowed[layer], key * heads[layer], value * heads[layer])
         groups[group] = groups.get(group, 0) + 1
@@ -142,6 +144,8 @@ def estimated_buffer_bytes(facts: ContextFacts, n_ctx: int) -> int:
     cells = _padded(n_ctx)
     widest = max((group.k_width + group.v_width for group in facts.cache), default=0)
     activations = 2 * (facts.n_ff + facts.q_width + widest) + 4 * facts.n_embd_per_layer + 8 * facts.n_embd
+    if not facts.cache:  # a text that is read in both directions is computed at once, without logits
+        return 4 * cells * cells + 4 * cells * activations
     masks = 2 * UBATCH * (cells + _padded(min(cells, facts.window * SLOTS + UBATCH)))
     return masks + 4 * UBATCH * activations + 3 * 4 * SLOTS * facts.n_vocab
 
@@ -168,7 +172,7 @@ class Choice:
 
     entry: FileEntry | None
     n_bytes: int
-    measured: bool  # its KLD was, and decided
+    measured: bool  # its distance from the base was, and decided
 
 
 @dataclass(frozen=True)
@@ -210,8 +214,8 @@ def choices(manifest: Manifest) -> Choices | None:
     candidates = [entry for entry in models if entry not in bases] or models
     base = bases[0] if bases and bases[0] not in candidates else None
     projector = table.projector(manifest)
-    quality = {} if manifest.model.base_is_dequantised else table.qualities(manifest)
-    klds = {entry.name: quality[entry.name].kld.value for entry in candidates if entry.name in quality}
+    quality = {} if manifest.model.base_is_dequantised else table.closeness(manifest)
+    klds = {entry.name: table.distance(quality[entry.name]).value for entry in candidates if entry.name in quality}
     ranked = sorted(candidates, key=lambda entry: _rank(entry, klds))
     lengths = contexts_of(facts.n_ctx_train)
     beside = {n_ctx: context_bytes(facts, n_ctx) for n_ctx in lengths}

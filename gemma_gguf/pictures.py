@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_gguf.files import sha256_json
-from gemma_gguf.manifest import Coverage, FileEntry, Manifest
-from gemma_gguf.table import frontier, qualities
+from gemma_gguf.manifest import Coverage, FileEntry, Manifest, Quality
+from gemma_gguf.table import closeness, distance, frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,20 +81,25 @@ def _models(manifest: Manifest) -> list[tuple[str, FileEntry]]:
 
 
 def _quality(manifest: Manifest) -> Data | None:
-    """Points of size (GB) and mean KLD. The base, which is what the others are measured against, is not one of them."""
+    """Points of size (GB) and mean KLD, of embeddings 1 - mean cosine similarity.
+
+    The base, which is what the others are measured against, is not one of them.
+    """
     points: list[Data] = []
     text: Data = {}
-    measured = qualities(manifest)
+    measured = closeness(manifest)
     for label, entry in _models(manifest):
-        quality = measured.get(entry.name)
-        if quality is None or quality.base_sha256 == entry.sha256:
+        close = measured.get(entry.name)
+        if close is None or close.base_sha256 == entry.sha256:
             continue
-        text = {"n_tokens": quality.n_tokens, "mode": quality.mode}
+        if isinstance(close, Quality):
+            text = {"n_tokens": close.n_tokens, "mode": close.mode}
+        else:
+            text = {"n_lines": close.n_lines, "mode": "embedding"}
+        away = distance(close)
         # A logarithmic axis has no place for zero: a file like the base to the last bit.
-        if quality.kld.value > 0 and entry.n_bytes > 0:
-            points.append(
-                {"label": label, "gb": entry.n_bytes / 1e9, "kld": quality.kld.value, "se": quality.kld.se or 0.0}
-            )
+        if away.value > 0 and entry.n_bytes > 0:
+            points.append({"label": label, "gb": entry.n_bytes / 1e9, "kld": away.value, "se": away.se or 0.0})
     if len(points) < 2:
         return None
     ranked = not manifest.model.base_is_dequantised
@@ -112,6 +117,7 @@ def _speed(manifest: Manifest) -> Data | None:
         if evidence is None or evidence.speed is None:
             continue
         speed = evidence.speed
+        generate = speed.generate_per_second
         where = {
             "machine": _plain(f"{speed.cpu}, {speed.threads} threads, {speed.backend} backend"),
             "n_prompt": speed.n_prompt,
@@ -121,7 +127,7 @@ def _speed(manifest: Manifest) -> Data | None:
             {
                 "label": label,
                 "prompt": [speed.prompt_per_second.value, speed.prompt_per_second.se or 0.0],
-                "generate": [speed.generate_per_second.value, speed.generate_per_second.se or 0.0],
+                "generate": generate and [generate.value, generate.se or 0.0],
             }
         )
     return {"title": _title(manifest), "bars": bars, **where} if bars else None
@@ -179,22 +185,9 @@ def _coverage(manifest: Manifest) -> Data | None:
 def alt_text(name: str, data: Data, words: gettext.NullTranslations) -> str:
     """What the picture shows, for who cannot see it."""
     if name == "quality":
-        points = sorted(data["points"], key=lambda point: point["gb"])
-        ends = [f"{point['label']} ({point['gb']:.2f} GB, KLD {point['kld']:.2g})" for point in (points[0], points[-1])]
-        said = words.gettext("File size against mean KL divergence of %(n)s files, from %(first)s to %(last)s.")
-        said %= {"n": len(points), "first": ends[0], "last": ends[1]}
-        if not data["ranked"]:
-            return _sentences(said, words.gettext("No ranking: the base was quantised before."))
-        edge = ", ".join(point["label"] for point in points if point["frontier"])
-        return _sentences(said, words.gettext("On the frontier: %(files)s.") % {"files": edge})
+        return _quality_text(data, words)
     if name == "speed":
-        fastest = max(data["bars"], key=lambda bar: bar["generate"][0])
-        said = words.gettext(
-            "Speed of %(n)s files on %(machine)s, reading a prompt and generating; %(fastest)s generates fastest, "
-            "%(speed)s tokens per second."
-        )
-        speed = f"{fastest['generate'][0]:.1f}"
-        return said % {"n": len(data["bars"]), "machine": data["machine"], "fastest": fastest["label"], "speed": speed}
+        return _speed_text(data, words)
     values = [value for row in data["rows"] for value in row["evenness"]]
     said = words.gettext(
         "How evenly the imatrix spreads importance over columns, by weight and layer, from %(tokens)s tokens: between "
@@ -212,6 +205,42 @@ def alt_text(name: str, data: Data, words: gettext.NullTranslations) -> str:
         return _sentences(said, words.gettext("Weights without data: %(n)s.") % {"n": data["unseen"]})
     reached = words.gettext("Experts that saw no token: %(n)s of %(all)s.")
     return _sentences(said, reached % {"n": data["unseen"], "all": _n_experts(data)})
+
+
+def _quality_text(data: Data, words: gettext.NullTranslations) -> str:
+    points = sorted(data["points"], key=lambda point: point["gb"])
+    embeds = data["mode"] == "embedding"
+    axis = "1 - cos" if embeds else "KLD"
+    ends = [f"{point['label']} ({point['gb']:.2f} GB, {axis} {point['kld']:.2g})" for point in (points[0], points[-1])]
+    if embeds:
+        said = words.gettext(
+            "File size against the embeddings' mean distance from the base, 1 - cosine similarity, of %(n)s files, "
+            "from %(first)s to %(last)s."
+        )
+    else:
+        said = words.gettext("File size against mean KL divergence of %(n)s files, from %(first)s to %(last)s.")
+    said %= {"n": len(points), "first": ends[0], "last": ends[1]}
+    if not data["ranked"]:
+        return _sentences(said, words.gettext("No ranking: the base was quantised before."))
+    edge = ", ".join(point["label"] for point in points if point["frontier"])
+    return _sentences(said, words.gettext("On the frontier: %(files)s.") % {"files": edge})
+
+
+def _speed_text(data: Data, words: gettext.NullTranslations) -> str:
+    kind = "prompt" if data["bars"][0]["generate"] is None else "generate"
+    fastest = max(data["bars"], key=lambda bar: bar[kind][0])
+    if kind == "prompt":
+        said = words.gettext(
+            "Speed of %(n)s files on %(machine)s, reading texts; %(fastest)s reads fastest, %(speed)s tokens per "
+            "second."
+        )
+    else:
+        said = words.gettext(
+            "Speed of %(n)s files on %(machine)s, reading a prompt and generating; %(fastest)s generates fastest, "
+            "%(speed)s tokens per second."
+        )
+    speed = f"{fastest[kind][0]:.1f}"
+    return said % {"n": len(data["bars"]), "machine": data["machine"], "fastest": fastest["label"], "speed": speed}
 
 
 def _sentences(*told: str) -> str:
@@ -325,12 +354,17 @@ def _draw_quality(data: Data) -> "Figure":
     from matplotlib.lines import Line2D  # noqa: PLC0415
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
 
-    text = "text in the model's own turn format" if data["mode"] == "chat" else "plain text"
-    under = [f"{data['title']}, measured on {data['n_tokens']:,} tokens of {text}"]
+    embeds = data["mode"] == "embedding"
+    if embeds:
+        under = [f"{data['title']}, measured on the embeddings of {data['n_lines']:,} lines of text"]
+    else:
+        text = "text in the model's own turn format" if data["mode"] == "chat" else "plain text"
+        under = [f"{data['title']}, measured on {data['n_tokens']:,} tokens of {text}"]
     under.append("Lower is closer to the base. Bars: one standard error each way.")
     if not data["ranked"]:
         under.append("The base was quantised before: these figures rank no files, and no frontier is drawn.")
-    figure, top = _figure(8.6, 6.4, "File size against KL divergence", under)
+    heading = "File size against distance of embeddings" if embeds else "File size against KL divergence"
+    figure, top = _figure(8.6, 6.4, heading, under)
     axes = figure.add_axes((0.095, 0.105, 0.88, top - 0.105))
     points = sorted(data["points"], key=lambda point: (point["gb"], point["kld"]))
     # A bar that reaches zero has no lower end on a logarithmic axis.
@@ -362,7 +396,7 @@ def _draw_quality(data: Data) -> "Figure":
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.07, y=0.09)
     axes.set_xlabel("file size, GB")
-    axes.set_ylabel("mean KL divergence from the base, nats")
+    axes.set_ylabel("1 - mean cosine similarity to the base" if embeds else "mean KL divergence from the base, nats")
     axes.grid(visible=True, which="major")
     _bare(axes)
     key = [
@@ -387,12 +421,14 @@ def _draw_speed(data: Data) -> "Figure":
     under = [f"{data['title']} on {data['machine']}; lines: one standard error"]
     figure, top = _figure(8.6, height, "Speed, tokens per second", under)
     bottom = 0.5 / height
-    panels = (
-        ("prompt", f"reading a prompt of {data['n_prompt']}", BLUE, 0.175),
-        ("generate", f"generating {data['n_generate']}", ORANGE, 0.6),
-    )
-    for kind, label, colour, left in panels:
-        axes = figure.add_axes((left, bottom, 0.37, top - bottom))
+    panels = [
+        ("prompt", f"reading a prompt of {data['n_prompt']}", BLUE, 0.175, 0.37),
+        ("generate", f"generating {data['n_generate']}", ORANGE, 0.6, 0.37),
+    ]
+    if bars[0]["generate"] is None:  # a model that gives embeddings
+        panels = [("prompt", f"reading a text of {data['n_prompt']}", BLUE, 0.175, 0.795)]
+    for kind, label, colour, left, width in panels:
+        axes = figure.add_axes((left, bottom, width, top - bottom))
         places = range(len(bars))
         values = [bar[kind][0] for bar in bars]
         spread = [bar[kind][1] for bar in bars]

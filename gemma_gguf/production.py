@@ -26,6 +26,7 @@ from gemma_gguf.session import (
     plan_recipe,
     probe_text,
     removed_when_bad,
+    select_recipes,
     speeds_for,
     wanted_recipes,
 )
@@ -56,7 +57,8 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
             todo.append((recipe, key, reason))
     _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
     plans: dict[str, FilePlan] = {}
-    parents = set(fitted(state, {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}, header))
+    asked = select_recipes(state, [recipe.parent for recipe, _, _ in todo if recipe.parent])
+    parents = set(fitted(state, asked, header))
     to_plan = {*(recipe for recipe, _, _ in todo if not recipe.is_base), *parents}
     for done, recipe in enumerate(sorted(to_plan, key=lambda recipe: recipe.name)):
         state.progress("planning", done, len(to_plan), "recipes")

@@ -21,6 +21,7 @@ from gemma_gguf import (
     calibration,
     card,
     convert,
+    embedding,
     fanout,
     gemma,
     gguf_io,
@@ -424,7 +425,15 @@ def probe_text(state: Run) -> Path:
 
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
-    return recipes.select(state.options.recipes, state.offered, state.options.custom)
+    return select_recipes(state, state.options.recipes)
+
+
+def select_recipes(state: Run, names: Iterable[str]) -> tuple[Recipe, ...]:
+    """The recipes called `names`, as they are made for this model by this build."""
+    arch = state.source.facts.gguf_arch
+    return tuple(
+        embedding.fitted(recipe, arch) for recipe in recipes.select(names, state.offered, state.options.custom)
+    )
 
 
 def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tuple[Recipe, ...]:

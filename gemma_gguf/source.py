@@ -12,6 +12,7 @@ import glob
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from gemma_gguf import demo, gemma
+from gemma_gguf import demo, embedding, gemma
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import HashMemory, is_dir
-from gemma_gguf.manifest import ModelFacts, Sampling
+from gemma_gguf.manifest import EmbeddingFacts, ModelFacts, Sampling
 from gemma_gguf.progress import Progress, silent
 
 # What conversion can need, as patterns of huggingface_hub; everything else stays where it is.
@@ -167,6 +168,7 @@ def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = 
         chat_template=_chat_template(path),
         sampling=_sampling(path),
         support=family.support,
+        embedding=found.embedding,
         front_matter=card,
         base_is_dequantised=name.origin == "demo",
     )
@@ -182,6 +184,7 @@ class Examined:
     architecture: str
     family: gemma.Family
     tensors: Mapping[str, int]  # number of elements of each
+    embedding: EmbeddingFacts | None  # of a model that gives embeddings
 
 
 def examine(path: Path) -> Examined:
@@ -193,7 +196,25 @@ def examine(path: Path) -> Examined:
     config = _json(path / "config.json")
     architecture, family = _architecture(path, config)
     _refuse_without_vocabulary(path, family, files)
-    return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, files))
+    said = _embedding(path) if embedding.gives_embeddings(family.gguf_arch) else None
+    weights = [file for file in files if said is not None or "/" not in file]
+    return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, weights), said)
+
+
+def _embedding(path: Path) -> EmbeddingFacts:
+    """What the sentence-transformers files say, each dense layer that they name being there."""
+    modules, described = path / "modules.json", path / "config_sentence_transformers.json"
+    said = embedding.facts(
+        _json_value(modules) if modules.is_file() else None, _json(described) if described.is_file() else {}
+    )
+    for dense in said.dense:
+        for file in ("config.json", "model.safetensors"):
+            if not re.fullmatch(r"[0-9]_[A-Za-z]{1,40}", dense) or not (path / dense / file).is_file():
+                raise BadInputError(
+                    f"{path} lacks {dense[:80]}/{file}, which modules.json names: without it the embeddings are others",
+                    next_step="Download the whole repository again.",
+                )
+    return said
 
 
 def _demo(directory: Path, progress: Progress) -> Path:
@@ -358,10 +379,33 @@ def _is_needed(file: str) -> bool:
     return any(fnmatch.fnmatch(file, p) and file.count("/") == p.count("/") for p in NEEDED)
 
 
-def _adapter(where: object) -> BadInputError:
+def _adapter(where: object, base: str | None = None) -> BadInputError:
+    """An adapter's refusal: how to merge it. `base` is what its configuration calls its base model."""
+    merge = (
+        "from peft import AutoPeftModelForCausalLM as Adapter; "
+        f"Adapter.from_pretrained({str(where)!r}, dtype='auto').merge_and_unload().save_pretrained('MERGED')"
+    )
+    named = base if base and re.fullmatch(r"[\w./~ -]{1,300}", base) else "BASE"
+    # The tokenizer's own files: what transformers saves of it lacks tokenizer.model, which the converter wants.
+    files = (
+        f"hf download {named} --include 'tokenizer*' --local-dir MERGED"
+        if re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", named)
+        else f"cp {shlex.quote(named)}/tokenizer* MERGED/"
+    )
     return BadInputError(
         f"{where} is a LoRA adapter, not a model",
-        next_step="Merge it into its base model first (peft: merge_and_unload).",
+        next_step=f'Merge it into its base model, then give MERGED:\npip install peft\npython -c "{merge}"\n{files}',
+    )
+
+
+def _draft(where: object, architecture: str, prefix: str) -> BadInputError:
+    target = " --target-model-dir DIRECTORY_OF_THAT_MODEL" if prefix == "dspark" else ""
+    return BadInputError(
+        f"{where} holds a {architecture}, a draft for speculative decoding: it runs beside the model it was trained "
+        "for and not alone, so no imatrix and no measurement can be made of it",
+        next_step="Make the set of that model. The draft needs only llama.cpp's converter, and a name by which "
+        f"llama-server takes it for a draft:\nconvert_hf_to_gguf.py {shlex.quote(str(where))} --outtype q8_0 "
+        f"--outfile {prefix}-NAME-Q8_0.gguf{target}",
     )
 
 
@@ -378,7 +422,8 @@ def _pickled(where: object) -> BadInputError:
 
 def _refuse_unusable(path: Path) -> None:
     if (path / "adapter_config.json").is_file():
-        raise _adapter(path)
+        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise _adapter(path, base if isinstance(base, str) else None)
     if not (path / "config.json").is_file():
         raise BadInputError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
     weights = [file.name for file in path.iterdir() if file.is_file()]
@@ -465,6 +510,8 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, gemma.Fam
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise BadInputError(f"{path / 'config.json'} names no architecture")
     family = gemma.family_of(names[0])
+    if (prefix := gemma.DRAFTS.get(names[0])) is not None:
+        raise _draft(path, names[0], prefix)
     if family is None:
         known = ", ".join(a for f in gemma.FAMILIES for a in f.architectures)
         raise BadInputError(
@@ -535,8 +582,10 @@ def _tensor_shapes(path: Path, files: list[str]) -> dict[str, int]:
     """{tensor: number of elements} over all shards; checks that every shard of the index is there and whole."""
     sizes: dict[str, int] = {}
     for file in files:
-        if file.endswith(".safetensors") and "/" not in file:
-            sizes.update(read_safetensors_header(path / file))
+        if file.endswith(".safetensors"):
+            # Each dense layer is called `linear.weight`.
+            place = f"{PurePosixPath(file).parent}/" if "/" in file else ""
+            sizes.update({place + name: n for name, n in read_safetensors_header(path / file).items()})
     for index in (file for file in files if file.endswith(".safetensors.index.json")):
         weight_map = _json(path / index).get("weight_map")
         if not isinstance(weight_map, dict):

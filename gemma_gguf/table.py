@@ -1,7 +1,8 @@
 """The rows of a card: what each file is, what was measured of it, and what the measurements say about it.
 
 Consumes a `Manifest` and translations, produces frozen rows of text. Files are compared here and nowhere else: by
-size and mean KL divergence, two standard errors of the difference apart or not at all. The standard error of a
+size and mean KL divergence (of embeddings: 1 - mean cosine similarity), two standard errors of the difference apart or
+not at all. The standard error of a
 difference is taken as if the two measurements were independent; they are made on the same tokens, so it is an upper
 bound. Nothing is ranked where the base itself was quantised before.
 """
@@ -14,11 +15,12 @@ from typing import TypeVar
 
 from gemma_gguf import recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Speed
+from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Similarity, Speed
 from gemma_gguf.recipes import Recipe
 
 NOTHING = "–"  # a cell of a row that is not made or not measured; its status says so
 T = TypeVar("T")
+Closeness = Quality | Similarity  # to the base
 SIGNIFICANT = 2.0  # standard errors of a difference
 
 
@@ -35,6 +37,9 @@ class Row:
     kld: str
     same_top: str
     ppl: str
+    cosine: str
+    cosine_min: str
+    same_nearest: str
     about: str
     status: str
     split: bool
@@ -73,6 +78,11 @@ class SpeedTable:
     n_generate: int
     has_shares: bool
     rows: tuple[SpeedRow, ...]
+
+    @property
+    def generates(self) -> bool:
+        """False for a model that gives embeddings: it reads and pools."""
+        return self.n_generate > 0
 
 
 def gigabytes(n_bytes: int) -> str:
@@ -132,17 +142,37 @@ def qualities(manifest: Manifest) -> dict[str, Quality]:
     return found
 
 
+def closeness(manifest: Manifest) -> dict[str, Closeness]:
+    """{file name: how close it is to the base}, by logits or, of a model that gives them, by embeddings."""
+    if manifest.model.embedding is None:
+        return {**qualities(manifest)}
+    base, found = base_sha256(manifest), {}
+    for entry in manifest.files:
+        evidence = manifest.evidence.get(entry.sha256)
+        similarity = evidence.similarity if evidence is not None and entry.kind == "model" else None
+        if similarity is not None and base in (None, similarity.base_sha256):
+            found[entry.name] = similarity
+    return {**found}
+
+
+def distance(close: Closeness) -> Measured:
+    """How far a file is from the base: mean KL divergence in nats, or 1 - mean cosine similarity."""
+    if isinstance(close, Quality):
+        return close.kld
+    return Measured(value=max(0.0, 1 - close.cosine.value), se=close.cosine.se)
+
+
 def projector(manifest: Manifest) -> FileEntry | None:
     """The projector that cards tell to take: f16, which runs everywhere, else the smallest."""
     found = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
     return next((entry for entry in found if entry.name.endswith("-f16.gguf")), found[0] if found else None)
 
 
-def comparable(one: Quality, other: Quality) -> bool:
-    """Whether both were measured on the same tokens in the same way."""
-    return all(
-        getattr(one, fact) == getattr(other, fact)
-        for fact in ("base_sha256", "text_sha256", "mode", "chunk_size", "n_chunks")
+def comparable(one: Closeness, other: Closeness) -> bool:
+    """Whether both were measured on the same tokens, or lines, in the same way."""
+    facts = ("mode", "chunk_size", "n_chunks") if isinstance(one, Quality) else ("n_lines",)
+    return type(one) is type(other) and all(
+        getattr(one, fact) == getattr(other, fact) for fact in ("base_sha256", "text_sha256", *facts)
     )
 
 
@@ -164,7 +194,7 @@ def beaten_by(entry: FileEntry, manifest: Manifest) -> FileEntry | None:
     """
     if manifest.model.base_is_dequantised:
         return None
-    quality = qualities(manifest)
+    quality = closeness(manifest)
     mine = quality.get(entry.name)
     better = [
         other
@@ -173,9 +203,9 @@ def beaten_by(entry: FileEntry, manifest: Manifest) -> FileEntry | None:
         and other.n_bytes < entry.n_bytes
         and (theirs := quality.get(other.name)) is not None
         and comparable(mine, theirs)
-        and is_shown(difference(mine.kld, theirs.kld))
+        and is_shown(difference(distance(mine), distance(theirs)))
     ]
-    return min(better, key=lambda other: quality[other.name].kld.value, default=None)
+    return min(better, key=lambda other: distance(quality[other.name]).value, default=None)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -191,16 +221,16 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def is_on_frontier(entry: FileEntry, manifest: Manifest) -> bool:
     """Whether no comparable file beats it in both size and divergence."""
-    quality = qualities(manifest)
+    quality = closeness(manifest)
     mine = quality.get(entry.name)
     if mine is None or manifest.model.base_is_dequantised:
         return False
     points = [
-        (other.n_bytes, theirs.kld.value)
+        (other.n_bytes, distance(theirs).value)
         for other in manifest.files
         if (theirs := quality.get(other.name)) is not None and comparable(mine, theirs)
     ]
-    return (entry.n_bytes, mine.kld.value) in [points[number] for number in frontier(points)]
+    return (entry.n_bytes, distance(mine).value) in [points[number] for number in frontier(points)]
 
 
 def pick(manifest: Manifest) -> FileEntry | None:
@@ -226,7 +256,7 @@ def pick(manifest: Manifest) -> FileEntry | None:
 def is_partial(manifest: Manifest) -> bool:
     """Whether a recipe that was asked for is not made, or a model file not measured."""
     made = {entry.recipe for entry in manifest.files if entry.kind == "model"}
-    return not made.issuperset(manifest.recipes) or len(qualities(manifest)) < len(
+    return not made.issuperset(manifest.recipes) or len(closeness(manifest)) < len(
         [entry for entry in manifest.files if entry.kind == "model"]
     )
 
@@ -241,7 +271,7 @@ def download_rows(manifest: Manifest, words: NullTranslations, separator: str = 
     def place(entry: FileEntry) -> tuple[int, int, int]:
         return (entry.kind != "mmproj", -entry.n_bytes, order.get(entry.recipe or "", len(order)))
 
-    quality = qualities(manifest)
+    quality = closeness(manifest)
     shown = sorted((entry for entry in manifest.files if entry.kind != "imatrix"), key=place)
     rows = [_row(entry, manifest, quality, words, separator) for entry in shown]
     made = {entry.recipe for entry in shown if entry.kind == "model"}
@@ -252,12 +282,14 @@ def download_rows(manifest: Manifest, words: NullTranslations, separator: str = 
 def _row(
     entry: FileEntry,
     manifest: Manifest,
-    quality: Mapping[str, Quality],
+    quality: Mapping[str, Closeness],
     words: NullTranslations,
     separator: str,
 ) -> Row:
     is_model = entry.kind == "model"
-    mine = quality.get(entry.name)
+    close = quality.get(entry.name)
+    mine = close if isinstance(close, Quality) else None
+    like = close if isinstance(close, Similarity) else None
     told = _sentences(entry, manifest, quality, words) if is_model else [_projector(entry, manifest, words)]
     return Row(
         name=entry.name.rpartition("/")[2],
@@ -269,10 +301,20 @@ def _row(
         kld=plus_minus(mine.kld) if mine else NOTHING,
         same_top=plus_minus(mine.same_top_p, factor=100, unit="%") if mine else NOTHING,
         ppl=plus_minus(_minus_one(mine.ppl_ratio), factor=100, unit="%", signed=True) if mine else NOTHING,
+        cosine=_cosine(like.cosine) if like else NOTHING,
+        cosine_min=f"{like.cosine_min:.4f}" if like else NOTHING,
+        same_nearest=plus_minus(like.same_nearest, factor=100, unit="%") if like else NOTHING,
         about=separator.join(told),
-        status=words.gettext("complete") if mine or not is_model else words.gettext("not measured"),
+        status=words.gettext("complete") if close or not is_model else words.gettext("not measured"),
         split="/" in entry.name,
     )
+
+
+def _cosine(measured: Measured) -> str:
+    """Near 1 the digits after the nines count: never in powers of ten."""
+    if measured.se and measured.se < 1e-6:
+        return f"{measured.value:.8f} ±\u00a0{measured.se:.0e}"
+    return plus_minus(measured)
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
@@ -288,6 +330,9 @@ def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Ro
         kld=NOTHING,
         same_top=NOTHING,
         ppl=NOTHING,
+        cosine=NOTHING,
+        cosine_min=NOTHING,
+        same_nearest=NOTHING,
         about=_what_it_is(known.about, known.parent, words) if known else NOTHING,
         status=words.gettext("not made"),
         split=False,
@@ -321,7 +366,7 @@ def _what_it_is(about: str, parent: str | None, words: NullTranslations) -> str:
 
 
 def _sentences(
-    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Quality], words: NullTranslations
+    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Closeness], words: NullTranslations
 ) -> list[str]:
     """What a row says of its file: what it is, what it costs, what was measured, who beats it."""
     about = need(entry.about, f"what {entry.name} is")
@@ -343,7 +388,8 @@ def _sentences(
     if mine is not None and entry.recipe == "bf16":
         told.append(words.gettext("The base that every figure compares with; its own figures are the noise floor."))
     elif mine is not None:
-        told.append(words.gettext("Δp %(rms)s RMS.") % {"rms": plus_minus(mine.delta_p_rms, factor=100, unit="%")})
+        if isinstance(mine, Quality):
+            told.append(words.gettext("Δp %(rms)s RMS.") % {"rms": plus_minus(mine.delta_p_rms, factor=100, unit="%")})
         told += _rank_sentences(entry, manifest, quality, words)
     if manifest.model.qat and entry.recipe == "Q4_0":
         told.append(words.gettext("The type this checkpoint was trained for."))
@@ -351,7 +397,7 @@ def _sentences(
 
 
 def _large_sentences(
-    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Quality], words: NullTranslations
+    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Closeness], words: NullTranslations
 ) -> list[str]:
     parent = _parent(entry, manifest)
     if parent is None:
@@ -360,12 +406,25 @@ def _large_sentences(
     gain = _gain(entry, parent, manifest, quality)
     if gain is None:
         return [words.gettext("Pays %(size)s for %(tensors)s.") % cost]
+    embeds = manifest.model.embedding is not None
     if is_shown(gain):
-        text = words.gettext("Pays %(size)s for %(tensors)s and lowers KLD by %(gain)s.")
+        text = (
+            words.gettext("Pays %(size)s for %(tensors)s and raises the cosine by %(gain)s.")
+            if embeds
+            else words.gettext("Pays %(size)s for %(tensors)s and lowers KLD by %(gain)s.")
+        )
     elif is_shown(Measured(value=-gain.value, se=gain.se)):
-        text = words.gettext("Pays %(size)s for %(tensors)s, and KLD is higher than %(parent)s's (change %(loss)s).")
+        text = (
+            words.gettext("Pays %(size)s for %(tensors)s, and the cosine is lower than %(parent)s's (by %(loss)s).")
+            if embeds
+            else words.gettext("Pays %(size)s for %(tensors)s, and KLD is higher than %(parent)s's (change %(loss)s).")
+        )
     else:
-        text = words.gettext("Pays %(size)s for %(tensors)s; a gain in KLD is not shown (%(gain)s).")
+        text = (
+            words.gettext("Pays %(size)s for %(tensors)s; a gain in the cosine is not shown (%(gain)s).")
+            if embeds
+            else words.gettext("Pays %(size)s for %(tensors)s; a gain in KLD is not shown (%(gain)s).")
+        )
     loss = plus_minus(Measured(value=-gain.value, se=gain.se), signed=True)
     return [text % {**cost, "gain": plus_minus(gain), "loss": loss, "parent": parent.recipe}]
 
@@ -377,12 +436,12 @@ def _parent(entry: FileEntry, manifest: Manifest) -> FileEntry | None:
     return next((other for other in manifest.files if other.kind == "model" and other.recipe == entry.parent), None)
 
 
-def _gain(entry: FileEntry, parent: FileEntry, manifest: Manifest, quality: Mapping[str, Quality]) -> Measured | None:
-    """By how much the mean KL divergence of a `_L` file is below its parent's; None where that means nothing."""
+def _gain(entry: FileEntry, parent: FileEntry, manifest: Manifest, quality: Mapping[str, Closeness]) -> Measured | None:
+    """By how much closer to the base a `_L` file is than its parent; None where that means nothing."""
     mine, theirs = quality.get(entry.name), quality.get(parent.name)
     if mine is None or theirs is None or not comparable(mine, theirs) or manifest.model.base_is_dequantised:
         return None
-    return difference(theirs.kld, mine.kld)
+    return difference(distance(theirs), distance(mine))
 
 
 def _fallback_sentences(entry: FileEntry, words: NullTranslations) -> list[str]:
@@ -405,17 +464,22 @@ def _fallback_sentences(entry: FileEntry, words: NullTranslations) -> list[str]:
 
 
 def _rank_sentences(
-    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Quality], words: NullTranslations
+    entry: FileEntry, manifest: Manifest, quality: Mapping[str, Closeness], words: NullTranslations
 ) -> list[str]:
     better = beaten_by(entry, manifest)
     if better is not None:
         mine, theirs = quality[entry.name], quality[better.name]
+        text = (
+            words.gettext("⚠ Beaten by %(other)s, which is %(size)s smaller and higher in cosine by %(kld)s.")
+            if manifest.model.embedding is not None
+            else words.gettext("⚠ Beaten by %(other)s, which is %(size)s smaller and lower in KLD by %(kld)s.")
+        )
         return [
-            words.gettext("⚠ Beaten by %(other)s, which is %(size)s smaller and lower in KLD by %(kld)s.")
+            text
             % {
                 "other": better.recipe,
                 "size": gigabytes(entry.n_bytes - better.n_bytes),
-                "kld": plus_minus(difference(mine.kld, theirs.kld)),
+                "kld": plus_minus(difference(distance(mine), distance(theirs))),
             }
         ]
     if is_on_frontier(entry, manifest):
@@ -428,7 +492,7 @@ def _rank_sentences(
 
 def large_rows(manifest: Manifest) -> list[LargeRow]:
     """The `_L` rows that differ from their parent, with what that costs and gains; only where both are made."""
-    quality = qualities(manifest)
+    quality = closeness(manifest)
     rows = []
     for entry in in_order(manifest):
         parent = _parent(entry, manifest)
@@ -461,8 +525,8 @@ def _speed_table(measured: list[tuple[FileEntry, Speed]]) -> SpeedTable:
     first = measured[0][1]
     reference = next((speed for entry, speed in measured if entry.recipe == "Q4_0"), None)
 
-    def share(mine: Measured, its: Measured | None) -> str:
-        return f"{mine.value / its.value:.0%}" if its is not None and its.value > 0 else NOTHING
+    def share(mine: Measured | None, its: Measured | None) -> str:
+        return f"{mine.value / its.value:.0%}" if mine is not None and its is not None and its.value > 0 else NOTHING
 
     rows = tuple(
         SpeedRow(
@@ -470,7 +534,7 @@ def _speed_table(measured: list[tuple[FileEntry, Speed]]) -> SpeedTable:
             size=gigabytes(entry.n_bytes),
             prompt=_spread(speed.prompt_per_second),
             prompt_share=share(speed.prompt_per_second, reference.prompt_per_second if reference else None),
-            generate=_spread(speed.generate_per_second),
+            generate=_spread(speed.generate_per_second) if speed.generate_per_second else NOTHING,
             generate_share=share(speed.generate_per_second, reference.generate_per_second if reference else None),
             memory=gigabytes(speed.peak_memory_bytes) if speed.peak_memory_bytes is not None else NOTHING,
         )

@@ -4,6 +4,7 @@ Consumes a partial file and the plan; produces the `Checks` that go into the man
 names the first thing that is wrong. Nothing that fails here is ever given a final name.
 """
 
+import json
 import math
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import gguf_io
+from gemma_gguf import embedding, gguf_io
 from gemma_gguf.errors import ToolFailedError, VerificationError
-from gemma_gguf.files import sha256_file
+from gemma_gguf.files import sha256_file, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, run_tool
 from gemma_gguf.manifest import Checks
@@ -22,6 +23,7 @@ from gemma_gguf.plan import FilePlan, layout_of
 
 CHECKED_ELEMENTS = 1 << 24  # looked at together
 LOST_LINES_TRIES = 5
+CHECKED_TEXTS, CHECKED_CHARACTERS = 4, 200
 
 
 def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | None, log: RunLog) -> Checks:
@@ -35,7 +37,12 @@ def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | 
     check_size(header)
     check_keys(header)
     rows = check_rows(header)
-    load = check_load(path, text, build=build, log=log) if text is not None else None
+    if text is None:
+        load = None
+    elif embedding.gives_embeddings(header.get("general.architecture")):
+        load = check_embeds(path, text, build=build, log=log)
+    else:
+        load = check_load(path, text, build=build, log=log)
     return Checks(layout_sha256=layout_of(header.tensors), sampled_rows=rows, load=load)
 
 
@@ -146,6 +153,60 @@ def check_load(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
     if ppl is None or not math.isfinite(float(ppl[1])):
         raise VerificationError(f"{path} loads in llama.cpp, but its logits are not finite", log=log.path)
     return "llama-perplexity"
+
+
+def check_embeds(path: Path, text: Path, *, build: Build, log: RunLog) -> str:
+    """Load a model that gives embeddings and embed lines of a text; returns how: `bindings` or `llama-imatrix`.
+
+    Builds without bindings are asked through llama-imatrix, which computes every layer and refuses what is not finite.
+    """
+    lines = text.with_name(f"{path.name}.lines")  # not beside a base that is the user's
+    try:
+        if build.bindings is not None:
+            texts = text.read_text(encoding="utf-8").split("\n\n")[:CHECKED_TEXTS]
+            write_atomic(lines, json.dumps([part[:CHECKED_CHARACTERS] for part in texts if part.strip()]))
+            answer = ask_bindings(build, "embed", path, lines, log)
+            if not (answer["all_finite"] and answer["varied"]):
+                raise VerificationError(f"{path} loads in llama.cpp, but its embeddings are not finite", log=log.path)
+            return "bindings"
+        argv: list[str | Path] = [build.tool("llama-imatrix"), "-m", path, "-f", text, "-o", lines]
+        run_tool([*argv, *embedding.IMATRIX_FLAGS, "-c", "64", "-b", "64", "-ub", "64", "--chunks", "1"], log=log)
+    except ToolFailedError as error:
+        raise VerificationError(f"{path} does not load in llama.cpp: {error.what}", log=log.path) from error
+    finally:
+        lines.unlink(missing_ok=True)
+    return "llama-imatrix"
+
+
+def check_projector(path: Path, base: Path, *, build: Build, log: RunLog) -> str:
+    """Load a projector beside its model and let it see or hear something; returns how: `bindings` or `llama-mtmd-cli`.
+
+    The bindings look at every number that it gives. Builds without them are asked through llama-mtmd-cli, which loads
+    the whole model and fails when the projector is not one of it.
+    """
+    picture = path.with_name(f"{path.name}.ppm")
+    try:
+        if build.bindings is not None:
+            asked = {"mmproj": str(path.resolve())}
+            answer = ask_bindings(build, "perceive", base, None, log, settings=asked)
+            towers = {name: found for name, found in answer.items() if found is not None}
+            if bad := [name for name, found in towers.items() if not (found["all_finite"] and found["varied"])]:
+                raise VerificationError(f"{path} loads in llama.cpp, but its {bad[0]} gives no finite numbers")
+            if not towers:
+                raise VerificationError(f"{path} loads in llama.cpp, but it neither sees nor hears")
+            return "bindings"
+        side = 64
+        write_atomic(picture, b"P6 %d %d 255\n" % (side, side) + bytes(range(256)) * (3 * side * side // 256))
+        argv: list[str | Path] = [build.tool("llama-mtmd-cli"), "-m", base, "--mmproj", path, "--image", picture]
+        # Gemma 4's template is none of those that llama.cpp knows without Jinja.
+        run_tool([*argv, "--jinja", "-p", "A picture.", "-n", "1", "-c", "2048", "--no-warmup"], log=log)
+    except ToolFailedError as error:
+        raise VerificationError(
+            f"{path} does not work in llama.cpp as the projector of {base.name}: {error.what}", log=log.path
+        ) from error
+    finally:
+        picture.unlink(missing_ok=True)
+    return "llama-mtmd-cli"
 
 
 def compare(made: Path, reference: Path) -> None:

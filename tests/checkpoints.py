@@ -86,7 +86,7 @@ def _tower(rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
     return tensors
 
 
-def _language(
+def language_weights(
     rng: np.random.Generator, n_vocab: int, layers: int, hidden: int = HIDDEN
 ) -> dict[str, npt.NDArray[np.float32]]:
     def normal(*shape: int) -> npt.NDArray[np.float32]:
@@ -191,7 +191,7 @@ def write_gemma3_vision(directory: Path, seed: int = 1, layers: int = LAYERS) ->
     directory.mkdir(parents=True, exist_ok=True)
     n_vocab = _write_tokenizer(directory)
     rng = np.random.default_rng(seed)
-    language = {f"language_model.model.{k}": v for k, v in _language(rng, n_vocab, layers).items()}
+    language = {f"language_model.model.{k}": v for k, v in language_weights(rng, n_vocab, layers).items()}
     write_shards(directory, {**language, **_tower(rng)})
     config = {
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -225,7 +225,8 @@ def write_gemma3_text(directory: Path, seed: int = 1, layers: int = LAYERS, hidd
     """
     directory.mkdir(parents=True, exist_ok=True)
     n_vocab = _write_tokenizer(directory)
-    tensors = {f"model.{k}": v for k, v in _language(np.random.default_rng(seed), n_vocab, layers, hidden).items()}
+    language = language_weights(np.random.default_rng(seed), n_vocab, layers, hidden)
+    tensors = {f"model.{k}": v for k, v in language.items()}
     write_shards(directory, tensors)
     config = {
         "architectures": ["Gemma3ForCausalLM"],

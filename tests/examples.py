@@ -113,7 +113,7 @@ def example() -> Manifest:
         seconds=9.81,
         key=sha("key of convert"),
         build=BUILD,
-        checks=Checks(layout_sha256=sha("layout of mmproj"), sampled_rows=877, load=None),
+        checks=Checks(layout_sha256=sha("layout of mmproj"), sampled_rows=877, load="bindings"),
     )
     imatrix = FileEntry(
         name=IMATRIX,
@@ -223,6 +223,7 @@ def example() -> Manifest:
                 do_sample=True, temperature=None, top_k=64, top_p=0.95, min_p=None, repetition_penalty=None
             ),
             support=Support(pull_request=12343, merged="2025-03-12", release="b4875"),
+            embedding=None,
             front_matter=dict(FRONT_MATTER),
             base_is_dequantised=False,
         ),
@@ -368,6 +369,7 @@ def evidence(bpw: float, base_sha256: str) -> Evidence:
             same_top_p=Measured(value=1 - away, se=0.003),
             build=BUILD,
         ),
+        similarity=None,
         speed=Speed(
             build=BUILD,
             cpu="AMD EPYC",

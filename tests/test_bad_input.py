@@ -442,7 +442,8 @@ def test_hostile_a_model_card_cannot_write_into_ours(tmp_path: Path) -> None:
     facts = source.fetch(source.understand(str(checkpoint)), tmp_path, memory).facts
     pages: list[_Page] = []
     for name, model in (
-        ("plain", facts.model_copy(update={"front_matter": {}, "license": "x"})),
+        # Where the original came from is told by a link, to a hub id and nothing else.
+        ("plain", facts.model_copy(update={"front_matter": {"base_model": "evil/model"}, "license": "x"})),
         ("hostile", facts),
     ):
         directory = tmp_path / name

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 
 from gemma_gguf import card, manifest, recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import CustomRecipe, FileEntry, Manifest, Sampling
+from gemma_gguf.manifest import CustomRecipe, EmbeddingFacts, FileEntry, Manifest, Sampling
 from tests.examples import COMMIT, FRONT_MATTER, IMATRIX, STEM, evidence, example, model_entry, sha
 
 # --- helpers -------------------------------------------------------------------------------------------------------
@@ -831,7 +831,7 @@ def test_commands_of_every_program(theme: str, language: str) -> None:
         """-d '{"messages": [{"role": "user", "content": "Which planet is the largest?"}]}'\n""",
         f"lms get https://huggingface.co/{repo}@Q4_K_M\n",
         f"ollama run hf.co/{repo}:Q4_K_M\n",
-        f"llama-mtmd-cli -m {STEM}-Q4_K_M.gguf --mmproj mmproj-{STEM}-f16.gguf --image picture.png "
+        f"llama-mtmd-cli -m {STEM}-Q4_K_M.gguf --mmproj mmproj-{STEM}-f16.gguf --jinja --image picture.png "
         '-p "What is in this picture?"\n',
         f'pip install -U huggingface_hub\nhf download {repo} --include "{STEM}-Q4_K_M.gguf" --local-dir ./\n',
         f"gemma-gguf run google/gemma-3-4b-it@{COMMIT} --llama-cpp pypi:0.3.36 "
@@ -864,14 +864,20 @@ def test_a_base_model_is_not_asked_to_chat(theme: str) -> None:
 
 @every_theme
 def test_an_embedding_model_embeds(theme: str) -> None:
-    made = _with_model(gguf_arch="gemma-embedding", vision=False, chat_template=None)
+    said = EmbeddingFacts(prompts={"query": "query: it's `so` "}, similarity="cosine", dense=[])
+    made = _with_model(gguf_arch="gemma-embedding", embedding=said, vision=False, chat_template=None)
     made = made.model_copy(update={"files": [entry for entry in made.files if entry.kind != "mmproj"]})
     body = _body(made, theme=theme)
-    assert "--embeddings\n" in body
+    assert "--embeddings -b 131072 -ub 131072\n" in body  # as far as this model was trained
     assert "/v1/embeddings" in body
-    assert "n_ctx" not in body
-    assert 'llm.embed("Which planet is the largest?")' in body
+    assert "embedding=True, n_ctx=131072, n_batch=131072, n_ubatch=131072)" in body
+    quoted = '"query: it\\u0027s \\u0060so\\u0060 Which planet is the largest?"'  # the same to JSON, Python and a shell
+    assert f"llm.embed({quoted}, normalize=True)" in body
+    assert f"-d '{{\"input\": {quoted}}}'\n" in body
+    assert "| query | `query: it's 'so' ` |\n" in body
     assert "mtmd" not in body
+    bare = said.model_copy(update={"prompts": {}})
+    assert "names no prompts" in _body(_with_model(gguf_arch="gemma-embedding", embedding=bare), theme=theme)
 
 
 @every_theme

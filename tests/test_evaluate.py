@@ -449,7 +449,7 @@ def test_evidence_is_kept_by_sha256_and_taken_up_again(build: Build, few: Path) 
     speed = facts.evidence[by_recipe["Q4_0"].sha256].speed
     assert speed is not None
     assert (speed.build, speed.backend, speed.n_prompt, speed.n_generate) == (build.key, "cpu", 512, 64)
-    assert min(speed.prompt_per_second.value, speed.generate_per_second.value) > 0
+    assert all(rate is not None and rate.value > 0 for rate in (speed.prompt_per_second, speed.generate_per_second))
     assert speed.prompt_per_second.se is not None
     assert speed.peak_memory_bytes is not None
     assert speed.peak_memory_bytes > by_recipe["Q4_0"].n_bytes

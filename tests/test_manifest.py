@@ -20,6 +20,7 @@ from gemma_gguf.manifest import (
     ContextFacts,
     ContextMemory,
     Coverage,
+    EmbeddingFacts,
     Evidence,
     FileEntry,
     ImatrixFacts,
@@ -327,6 +328,26 @@ def test_a_manifest_of_schema_1_knows_no_sampling_and_chose_no_card(tmp_path: Pa
     assert (loaded.model.sampling, loaded.model.support) == (None, None)
     assert loaded.card == manifest.DEFAULT_CARD
     assert loaded.recipes == ["bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0", "IQ2_XS"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("arch", "known"), [("gemma3", False), ("gemma-embedding", True)])
+def test_a_manifest_before_schema_3_measured_no_embeddings(
+    tmp_path: Path, version: int, arch: str, known: bool
+) -> None:
+    """A set of such a model was made without prompts and dense layers, and says so."""
+    raw = _raw()
+    raw["schema_version"] = version
+    raw["model"]["gguf_arch"] = arch
+    del raw["model"]["embedding"]
+    for found in raw["evidence"].values():
+        del found["similarity"]
+    loaded = _load(tmp_path, raw)
+    bare = EmbeddingFacts(prompts={}, similarity=None, dense=[])
+    assert loaded.model.embedding == (bare if known else None)
+    if version == 2:
+        assert {found.similarity for found in loaded.evidence.values()} == {None}
+        assert all(found.quality is not None for found in loaded.evidence.values())
 
 
 @pytest.mark.parametrize("broken", [{"model": 5}, {"files": "x"}, {"files": [5]}, {"files": [{"recipe": 5}]}], ids=str)

@@ -231,7 +231,12 @@ def test_facts_of_a_multimodal_model(vision_checkpoint: Path) -> None:
     ],
 )
 def test_families(architecture: str, family: str, gguf_arch: str, tmp_path: Path) -> None:
-    facts = fetch(write_small(tmp_path / "m", architecture)).facts
+    small = write_small(tmp_path / "m", architecture)
+    if gguf_arch == "gemma-embedding":
+        pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+        (small / "modules.json").write_text(json.dumps([pooling]))
+    facts = fetch(small).facts
+    assert (facts.embedding is not None) == (gguf_arch == "gemma-embedding")
     assert (facts.architecture, facts.family, facts.gguf_arch) == (architecture, family, gguf_arch)
     assert facts.n_parameters == 10
 
