@@ -4,6 +4,7 @@ MODEL ?= demo
 MODELS ?= models.toml
 SCALE ?= full
 LLAMA_CPP ?= pypi:0.3.36
+CONFIRM ?=
 # Extra options of `gemma-gguf run`, for example: make all-quants ARGS="--recipes Q4_K_M,Q6_K"
 ARGS ?=
 # Where pip finds no CPU build of torch, it downloads several GB for CUDA; PyTorch's own CPU index avoids that:
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .DEFAULT_GOAL := help
-.PHONY: help all-quants all-quants-batch build test proof bench check fmt messages calibration-table clean
+.PHONY: help all-quants all-quants-batch upload build test proof bench check fmt messages calibration-table clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ all-quants: $(VENV)/.run  ## the whole quant set of MODEL (default: the demo, Ge
 
 all-quants-batch: $(VENV)/.run  ## the sets of all models that MODELS lists (default: models.toml)
 	$(BIN)/gemma-gguf batch "$(MODELS)" $(ARGS)
+
+upload: $(VENV)/.run  ## send the set of MODEL to the Hub: shows the plan, CONFIRM=1 does it
+	$(BIN)/gemma-gguf publish "$(MODEL)" $(if $(CONFIRM),--yes) $(ARGS)
 
 build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 	$(BIN)/gemma-gguf build $(BUILD_OPTION) $(ARGS)

@@ -30,6 +30,7 @@ from gemma_gguf import (
     planning,
     proof,
     recipes,
+    session,
     settings,
     source,
     survey,
@@ -38,7 +39,7 @@ from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
 from gemma_gguf.pictures import Drawn
-from gemma_gguf.session import ENGINES, CardOptions, Done, Options
+from gemma_gguf.session import ENGINES, CardOptions, Done, Options, PublishOptions
 
 _SETTINGS = "gemma_gguf.settings"  # where a context keeps them
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -322,6 +323,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         card=_chosen(given),
         naming=given["naming"],
         custom=configured.custom,
+        publish=_publish_options(given) if given.get("publish") else None,
     )
 
 
@@ -374,8 +376,27 @@ def _chosen(given: Mapping[str, Any]) -> CardOptions:
     )
 
 
+_publish_options_of_both = _with_options(
+    click.option("--public", is_flag=True, help="Make the repository public in the end; until then it is private."),
+    click.option("--prune", is_flag=True, help="Delete what the repository has and the set does not name."),
+    click.option("--allow-demo", is_flag=True, help="Publish also a set of the demo model."),
+)
+
+
+def _publish_options(given: Mapping[str, Any]) -> PublishOptions:
+    names = ("repo", "namespace", "public", "prune", "allow_demo", "stream")
+    return PublishOptions(**{name: given[name] for name in names if name in given})
+
+
 @main.command()
 @_run_options
+@click.option("--publish", is_flag=True, help="Send the set to the Hub in the end.")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --publish: make, verify, measure, send and delete quants in waves that fit the disk or --disk-budget.",
+)
+@_publish_options_of_both
 @click.option(
     "--evaluate/--no-evaluate", default=True, show_default=True, help="Measure quality and speed before the card."
 )
@@ -388,7 +409,10 @@ def run(ctx: click.Context, /, **given: Any) -> None:
     \b
     gemma-gguf run google/gemma-3-4b-it
     gemma-gguf run ./my-gemma --name me/my-gemma --recipes Q4_K_M,Q6_K
+    gemma-gguf run google/gemma-3-27b-it --publish --stream --disk-budget 100GB
     """
+    if not given["publish"] and any(given[name] for name in ("stream", "public", "prune", "allow_demo")):
+        raise click.UsageError("--stream, --public, --prune and --allow-demo belong to --publish")
     _run(ctx, "card", **given)
 
 
@@ -543,6 +567,63 @@ def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> No
             "evidence": facts.model_dump(mode="json")["evidence"],
         }
     )
+
+
+@main.command()
+@click.argument("which", metavar="DIRECTORY|MODEL")
+@click.option("--yes", is_flag=True, help="Send it; without this the plan is shown and nothing is sent.")
+@click.option(
+    "--repo", metavar="NAMESPACE/NAME", help="Where to (default: where the card says, or <org>_<model>-GGUF)."
+)
+@click.option(
+    "--namespace", metavar="NAME", help="Whose it is there, where no repository is recorded (default: yours)."
+)
+@_publish_options_of_both
+@click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint, when MODEL is one.")
+@click.option(
+    "--naming",
+    type=click.Choice(source.NAMINGS),
+    default=source.NAMINGS[0],
+    show_default=True,
+    help="How file names of the set of MODEL begin.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out"),
+    show_default=True,
+    help="Where the set of MODEL is.",
+)
+@_wait
+@_json
+@click.pass_context
+def publish(ctx: click.Context, /, which: str, *, yes: bool, wait: bool, **given: Any) -> None:
+    """Send a set to the Hub, or what of it is not there yet: shows the plan, and with --yes does it.
+
+    Every file is read again first. Weights are committed one by one, the card last; a new repository is private until
+    --public. What was interrupted goes on with the same command. The token is the one of `hf auth login`, or HF_TOKEN.
+
+    \b
+    gemma-gguf publish out/google_gemma-3-4b-it-GGUF
+    gemma-gguf publish google/gemma-3-4b-it --namespace my-org --yes --public
+    """
+    console = _console(ctx)
+    seen = factory.publish_set(
+        session.set_of(which, given["name"], given["naming"], given["out"]),
+        _publish_options(given),
+        send=yes,
+        wait=wait,
+        progress=console.progress,
+        say=console.did,
+        show=console.upload,
+    )
+    console.document({"sent": yes, **seen.document()})
+    if yes:
+        console.say(f"Published: {seen.plan.repo}")
+    elif seen.refusals:
+        ctx.exit(1)
+    elif not seen.plan.is_done:
+        console.say("Nothing was sent. Send it with: --yes")
 
 
 @main.command(name="card")

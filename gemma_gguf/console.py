@@ -21,6 +21,7 @@ from gemma_gguf.doctor import Check
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.planning import SetPlan
 from gemma_gguf.proof import Verified
+from gemma_gguf.publishing import Look
 from gemma_gguf.session import Done, Report
 from gemma_gguf.table import gigabytes
 
@@ -91,6 +92,8 @@ class Console:
             self._err.print(f"[green]same[/]  {done.stage:<9} {shown(done.name)}  [dim]({shown(done.why)})[/]")
         elif done.stage == "evaluate" and done.made:
             self._err.print(f"[green]read[/]  {done.stage:<9} {shown(done.name)}  {shown(done.why)}")
+        elif done.stage == "publish" and done.made:
+            self._err.print(f"[green]sent[/]  {done.stage:<9} {shown(done.name)}{size}  [dim]({shown(done.why)})[/]")
         elif done.made:
             self._err.print(f"[green]made[/]  {done.stage:<9} {shown(done.name)}{size}  {done.seconds:.1f} s")
         else:
@@ -151,8 +154,31 @@ class Console:
     def verified(self, results: Sequence[Verified]) -> None:
         """One line per file of a set that was checked."""
         self._end_bar()
-        rows = [(result.name, "whole" if result.problem is None else result.problem) for result in results]
+        rows = [
+            (result.name, result.problem or ("whole" if result.place is None else f"not here: {result.place}"))
+            for result in results
+        ]
         self.table(("File", "Verdict"), rows)
+
+    def upload(self, seen: Look) -> None:
+        """What publishing a set does, file by file, and what forbids it."""
+        self._end_bar()
+        plan = seen.plan
+        rows = [(o.action, o.name, gigabytes(o.n_bytes), o.reason) for o in plan.operations]
+        self.table(("Do", "File", "Size", "Why"), rows, right=(2,))
+        if plan.creates:
+            self._err.print(f"New repository: {shown(plan.repo)}, private")
+        sizes = f"{gigabytes(plan.n_bytes)} to {shown(plan.repo)}"
+        commits = f"{len(plan.groups)} commit{'' if len(plan.groups) == 1 else 's'}"
+        self._err.print(f"To send: {sizes} in {commits}" if plan.groups else f"{shown(plan.repo)} holds this set")
+        if plan.makes_public:
+            self._err.print("In the end: made public")
+        for finding in seen.warnings:
+            self._err.print(f"[yellow]note:[/]  {shown(finding.what)}")
+        for finding in seen.refusals:
+            self._err.print(f"[bold red]refused:[/] {shown(finding.what)}")
+            if finding.next_step:
+                self._err.print(f"[bold]next:[/]  {shown(finding.next_step)}")
 
     def checks(self, checks: Sequence[Check]) -> None:
         """What the doctor found, then what to do about it."""

@@ -101,6 +101,7 @@ class Account:
     name: str | None = None
     role: str | None = None  # read, write, fineGrained
     writes_to: tuple[str, ...] = ()  # namespaces that a fine-grained token may write to
+    orgs: tuple[str, ...] | None = None  # organisations that the account may write to; None where the hub did not say
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Facts:
     worker_bytes: int = 0
     account: Account | None = None
     hub_model: bool = False
+    publishes_to: str | None = None  # repository or namespace that the run will write to; "" the account's own
     refused: tuple[Refused, ...] = ()
 
 
@@ -529,32 +531,46 @@ def _writing(facts: Facts) -> Iterable[Check]:
         yield Check("writing", "ok", ", ".join(sorted({str(room.path) for room in facts.rooms.values()})))
 
 
+TOKEN_STEP = "Make a token with write access at huggingface.co/settings/tokens, then: hf auth login"
+
+
+def cannot_write(account: Account, repo: str = "") -> str | None:
+    """Why nothing can be published to a repository (or with "" to any) with this account's token; None when it can."""
+    namespace = repo.partition("/")[0]
+    if account.name is None:
+        return account.problem or "no token: nothing can be published, and gated models cannot be read"
+    if account.role == "fineGrained" and account.writes_to:
+        if not repo or {repo, namespace} & set(account.writes_to):
+            return None
+        return f"the token of {account.name} may write to {', '.join(account.writes_to)}, not to {repo}"
+    if account.role != "write":
+        return f"the token of {account.name} may only read ({account.role}): nothing can be published with it"
+    if repo and account.orgs is not None and namespace not in (account.name, *account.orgs):
+        return f"{account.name} may not write to {namespace}: the account is no member of it, or may only read there"
+    return None
+
+
 def _hub(facts: Facts) -> Iterable[Check]:
     account = facts.account
     if account is None:
         return
+    publishes = facts.publishes_to is not None
     if not account.reached:
-        needed = "" if facts.hub_model else "; only a MODEL on the hub and uploads need it"
+        needed = "" if facts.hub_model or publishes else "; only a MODEL on the hub and uploads need it"
         yield Check(
             "hub",
-            "fail" if facts.hub_model else "warn",
+            "fail" if facts.hub_model or publishes else "warn",
             f"{account.endpoint} cannot be reached ({account.problem}){needed}",
             "Check the network; HF_ENDPOINT names another server.",
             GemmaGGUFError,
         )
         return
     yield Check("hub", "ok", f"{account.endpoint} answers" + (f", as {account.name}" if account.name else ""))
-    if account.name is None:
-        what = account.problem or "no token: nothing can be published, and gated models cannot be read"
-        yield Check("publishing", "warn", what, "hf auth login")
+    problem = cannot_write(account, facts.publishes_to or "")
+    if problem is not None:
+        step = "hf auth login" if account.name is None else TOKEN_STEP
+        yield Check("publishing", "fail" if publishes else "warn", problem, step, BadInputError)
     elif account.role == "write":
         yield Check("publishing", "ok", f"the token of {account.name} may write")
-    elif account.role == "fineGrained" and account.writes_to:
-        yield Check("publishing", "ok", f"the token of {account.name} may write to {', '.join(account.writes_to)}")
     else:
-        yield Check(
-            "publishing",
-            "warn",
-            f"the token of {account.name} may only read ({account.role}): nothing can be published with it",
-            "Make a token with write access at huggingface.co/settings/tokens, then: hf auth login",
-        )
+        yield Check("publishing", "ok", f"the token of {account.name} may write to {', '.join(account.writes_to)}")

@@ -158,11 +158,12 @@ def _measure(these: _Set, how: Measuring) -> None:
 
 
 def _present(these: _Set) -> list[FileEntry]:
-    """The model files that are there; all are what the manifest says."""
+    """The model files that are there; all are what the manifest says. Published ones need not be there."""
     found: list[FileEntry] = []
     for entry in these.manifest.files:
         path = these.directory / entry.name
-        if entry.kind != "model" or not (these.whole or path.is_file()):
+        must_be_there = these.whole and entry.state == "local"
+        if entry.kind != "model" or not (must_be_there or path.is_file()):
             continue
         if not path.is_file() or these.memory.sha256(path) != entry.sha256:
             raise VerificationError(

@@ -30,6 +30,7 @@ from gemma_gguf import (
     planning,
     production,
     prompts,
+    publishing,
     quantize,
     source,
     survey,
@@ -46,13 +47,22 @@ from gemma_gguf.files import (
     sha256_json,
     write_atomic,
 )
-from gemma_gguf.manifest import CalibrationFacts, ContextMemory, ImatrixFacts, Manifest, Picture, StageRecord
+from gemma_gguf.manifest import (
+    CalibrationFacts,
+    ContextMemory,
+    ImatrixFacts,
+    Manifest,
+    Picture,
+    RemotePlace,
+    StageRecord,
+)
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import (
     WORK,
     CardOptions,
     Done,
     Options,
+    PublishOptions,
     Report,
     Run,
     calibration_text,
@@ -73,17 +83,20 @@ def run(
     *,
     progress: Progress = silent,
     say: Callable[[Done], None] = lambda _: None,
-    take_away: Callable[[Path], None] | None = None,
+    take_away: Callable[[Path], RemotePlace | None] | None = None,
 ) -> Report:
     """Make a quant set, or what is missing of it, up to the stage `options.until`.
 
     `say` is called with everything that was done or skipped, as it happens. With `take_away`, a set that does not fit
-    the disk or the budget is made in waves: it is called with every finished quant, and moves it elsewhere.
+    the disk or the budget is made in waves: it is called with every finished quant, and moves it elsewhere. What it
+    says is in a repository is recorded so and deleted here. `options.publish` sends the set to the Hub in the end, or
+    with `stream` is such a `take_away` itself.
 
     Raises `GemmaGGUFError` subclasses; what was finished by then stays, and the same call goes on from there.
     """
     started = time.monotonic()
-    warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None)
+    streams = options.publish is not None and options.publish.stream
+    warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None or streams)
     name = source.understand(options.model, options.name, options.naming)
     stages = {
         "convert": _convert_and_describe,
@@ -92,7 +105,7 @@ def run(
         "evaluate": _evaluate,
         "card": _card,
     }
-    with open_run(options, name, progress, say, take_away) as state:
+    with open_run(options, name, progress, say, take_away) as state, publishing.joined(state) as upload:
         for warning in warnings:
             state.log.note(f"{warning.name}: {warning.what}")
         for stage, function in stages.items():
@@ -101,6 +114,8 @@ def run(
             function(state)
             if stage == options.until:
                 break
+        if upload is not None:
+            upload.send(upload.look(state.manifest, rehash=True))
         state.report.seconds = time.monotonic() - started
         return state.report
 
@@ -454,7 +469,12 @@ def _take_away(state: Run, finished: Sequence[Path]) -> None:
     if state.options.until in ("evaluate", "card"):
         _evaluate(state)
     for path in finished:
-        state.take_away(path)
+        place = state.take_away(path)
+        entry = state.manifest.file(path.relative_to(state.set_dir).as_posix())
+        if place is not None and entry is not None:
+            # Recorded first: a file that is in neither place would be made again.
+            state.record(state.manifest.with_file(entry.model_copy(update={"state": "remote", "remote": place})))
+            path.unlink()
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------------
@@ -541,3 +561,33 @@ def _draw_pictures(set_dir: Path, facts: Manifest, drawn: dict[str, pictures.Dra
 
 def _is(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_file(path) == digest
+
+
+# --- publish ------------------------------------------------------------------------------------------------------
+
+
+def publish_set(
+    set_dir: Path,
+    how: PublishOptions,
+    *,
+    send: bool,
+    wait: bool = False,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+    show: Callable[[publishing.Look], None] = lambda _: None,
+) -> publishing.Look:
+    """Compare a finished set with its repository, and with `send` make the repository what the set is.
+
+    A card that names another repository, or none, is rendered again for this one first. `show` gets what was found
+    before anything is sent. Raises `GemmaGGUFError` subclasses for what forbids sending.
+    """
+    with publishing.opened(set_dir, how, wait=wait, progress=progress, say=say) as upload:
+        facts = manifest.load(upload.set_dir)
+        if facts.card.repo != upload.repo:
+            write_card(upload.set_dir, card.Renderer(), CardOptions(repo=upload.repo))
+            facts = manifest.load(upload.set_dir)
+        seen = upload.look(facts, rehash=send)
+        show(seen)
+        if send:
+            upload.send(seen)
+        return seen

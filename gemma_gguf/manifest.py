@@ -169,6 +169,13 @@ class Checks(_Model):
     load: str | None
 
 
+class RemotePlace(_Model):
+    """Where a file is that is not on this disk: a repository of the Hub, and a commit that holds it."""
+
+    repo: HubId
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
 class FileEntry(_Model):
     """One file of the set."""
 
@@ -178,7 +185,8 @@ class FileEntry(_Model):
     about: str | None  # what the recipe is
     ftype: str | None  # what llama-quantize was told, beside `flags`
     flags: list[str]
-    state: Literal["local"]
+    state: Literal["local", "remote"]  # `local` files are there and whole, `remote` ones need not be on this disk
+    remote: RemotePlace | None  # of `remote` files
     n_bytes: Count
     sha256: Sha256
     bpw: float | None  # bits per weight, as llama.cpp counts: tensor data alone
@@ -192,6 +200,12 @@ class FileEntry(_Model):
     key: Sha256  # hash of everything this file depends on
     build: str  # key of the llama.cpp build that made it
     checks: Checks | None
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> "FileEntry":
+        if (self.state == "remote") != (self.remote is not None):
+            raise PydanticCustomError("place", "remote files, and no others, should have a repository and a commit")
+        return self
 
     def as_recipe(self) -> Recipe:
         """How a model file was made, whatever the table or the user's settings say by now."""
@@ -473,10 +487,10 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
-    """Before there were custom recipes, the name alone said how a file was made."""
+    """Before there were custom recipes, the name alone said how a file was made; nothing was published."""
     name = entry.get("recipe")
     row = TABLE.get(name) if isinstance(name, str) else None
-    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], **entry}
+    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], "remote": None, **entry}
 
 
 def _no_constant(name: str) -> float:

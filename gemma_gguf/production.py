@@ -42,14 +42,19 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     imatrix_sha = state.memory.sha256(state.set_dir / imatrix.file_name(state.stem))
     wanted = fitted(state, wanted_recipes(state), header)
     todo: list[tuple[Recipe, str, str]] = []
+    kept: list[Path] = []
     for recipe in wanted:
         name = file_name(state, recipe)
         key = _quant_key(state, recipe, base_sha, imatrix_sha)
         entry = state.manifest.file(name)
         path = state.set_dir / name
-        if entry is not None and entry.key == key and path.is_file() and state.memory.sha256(path) == entry.sha256:
+        if entry is not None and entry.key == key and entry.remote is not None:
+            why = f"inputs, recipe and build unchanged, file in {entry.remote.repo}"
+            state.did(Done("quantize", name, False, why, 0.0, entry.n_bytes))
+        elif entry is not None and entry.key == key and path.is_file() and state.memory.sha256(path) == entry.sha256:
             why = "inputs, recipe and build unchanged, file whole"
             state.did(Done("quantize", name, False, why, 0.0, entry.n_bytes))
+            kept += [] if recipe.is_base else [path]
         else:
             reason = "not made yet" if entry is None else "changed inputs, recipe or build"
             if entry is not None and entry.key == key:
@@ -67,12 +72,15 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
         if recipe.is_base:
             _link_base_row(state, recipe, key, reason)
     made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
+    if state.options.proves and (not made or (kept and state.take_away is not None)):
+        proof.prove_run(state, again=False)
+    if kept:
+        # An earlier run ended before these were taken away, and there may be no room for more beside them.
+        take_away(state, kept)
     if made:
         inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
         for finished in _make(state, header, made, inputs):
             take_away(state, finished)
-    elif state.options.proves:
-        proof.prove_run(state, again=False)
 
 
 def _quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
@@ -125,6 +133,8 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str
     else:
         waves = planning.waves_for(state, list(outputs.values()), speeds)
     to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
+    # What is taken away should have been proven before.
+    waves.sort(key=lambda wave: to_prove not in wave)
     for wave in waves:
         items = [item for item in made if item.recipe.name in wave]
         if state.options.engine == "fanout":

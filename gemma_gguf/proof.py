@@ -59,15 +59,12 @@ def prove_run(state: Run, *, again: bool) -> None:
     Done when files were made, or when an earlier run ended before its proof. After a mismatch the fan-out's files are
     taken out of the set: none of them can be trusted.
     """
-    made = {
-        str(entry.recipe): entry
-        for entry in state.manifest.files
-        if entry.engine == "fanout" and (state.set_dir / entry.name).is_file()
-    }
+    engines = [entry for entry in state.manifest.files if entry.engine == "fanout"]
+    made = {str(entry.recipe): entry for entry in engines if (state.set_dir / entry.name).is_file()}
     if not made:
         return
     record = state.manifest.stages.get("proof")
-    known = {entry.name: entry.sha256 for entry in made.values()}
+    known = {entry.name: entry.sha256 for entry in engines}  # what was proven may be published by now
     if not again and record is not None and record.outputs.items() <= known.items():
         return
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
@@ -119,7 +116,8 @@ def prove_set(
     """
     set_dir = set_dir.resolve()
     facts = manifest.load(set_dir)
-    made = sorted((e for e in facts.files if e.recipe and e.engine != "convert"), key=lambda entry: entry.n_bytes)
+    quants = [e for e in facts.files if e.recipe and e.engine != "convert" and (set_dir / e.name).is_file()]
+    made = sorted(quants, key=lambda entry: entry.n_bytes)
     work = set_dir.parent / WORK / facts.stem
     base = work / convert.base_name(facts.stem)
     if not base.exists() and (row := set_dir / base.name).exists():
@@ -149,10 +147,14 @@ def prove_set(
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcome for one file of a set: `problem` is None when it is what the manifest says."""
+    """The outcome for one file of a set: `problem` is None when it is what the manifest says.
+
+    `place` is where a published file is that was not looked at, as it is not on this disk.
+    """
 
     name: str
     problem: str | None
+    place: str | None = None
 
 
 def verify_set(set_dir: Path, *, progress: Progress = silent) -> list[Verified]:
@@ -164,6 +166,9 @@ def verify_set(set_dir: Path, *, progress: Progress = silent) -> list[Verified]:
     results: list[Verified] = []
     for done, entry in enumerate(facts.files):
         progress(f"verifying {entry.name}", done, len(facts.files), "files")
+        if entry.remote is not None and not (set_dir / entry.name).is_file():
+            results.append(Verified(entry.name, None, f"{entry.remote.repo}, commit {entry.remote.commit[:9]}"))
+            continue
         results.append(Verified(entry.name, _problem(set_dir / entry.name, entry)))
     named = {entry.name for entry in facts.files}
     for path in sorted(set_dir.rglob("*.gguf")):

@@ -44,7 +44,7 @@ from gemma_gguf.files import (
 )
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import BuildFacts, CardChoices, CustomRecipe, FileEntry, Manifest
+from gemma_gguf.manifest import BuildFacts, CardChoices, CustomRecipe, FileEntry, Manifest, RemotePlace
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
@@ -80,6 +80,19 @@ class CardOptions:
                 f"{first['loc'][0]} {first['input']!r} cannot be used for the card: {first['msg']}",
                 next_step="Themes are modern and classic; a repository is NAMESPACE/NAME.",
             ) from error
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """How a set goes to the Hub. Without `repo` it is the one that its card names, or `<org>_<model>-GGUF` of
+    `namespace`, or of the token's own account."""
+
+    repo: str | None = None
+    namespace: str | None = None
+    public: bool = False  # in the end; until then a new repository is private
+    prune: bool = False  # delete what the set does not name
+    allow_demo: bool = False
+    stream: bool = False  # a run sends its quants wave by wave and deletes them here
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class Options:
     card: CardOptions = CardOptions()
     naming: str = source.NAMINGS[0]  # how files of the set begin
     custom: tuple[Recipe, ...] = ()  # recipes of the user's own; those that `recipes` names are made
+    publish: PublishOptions | None = None  # send the set to the Hub in the end, or wave by wave
 
     @property
     def proves(self) -> bool:
@@ -163,7 +177,7 @@ class Run:
     report: Report
     progress: Progress
     say: Callable[[Done], None]
-    take_away: Callable[[Path], None] | None
+    take_away: Callable[[Path], RemotePlace | None] | None
     manifest: Manifest
 
     @property
@@ -205,14 +219,27 @@ def places(out: Path, name: source.ModelName) -> tuple[Path, Path]:
     return out / f"{name.stem}-GGUF", out / WORK / name.stem
 
 
+def set_of(which: str, name: str | None, naming: str, out: Path) -> Path:
+    """The directory of a set that was named itself, or by its model."""
+    if (Path(which) / manifest.FILE_NAME).is_file():
+        return Path(which)
+    try:
+        set_dir, _ = places(out, source.understand(which, name, naming))
+    except BadInputError:
+        set_dir = Path(which)
+    return set_dir
+
+
 def base_places(set_dir: Path, work: Path, stem: str) -> tuple[Path, Path]:
     """Where the base of a set can be: the work directory, which may be deleted, and the bf16 row, the same file."""
     return work / convert.base_name(stem), set_dir / convert.base_name(stem)
 
 
 def is_made(known: Manifest | None, path: Path) -> bool:
-    """Whether a file is named and there: if it must be made again, the new one takes its place in the end."""
-    return known is not None and known.file(path.name) is not None and path.is_file()
+    """Whether a file is named and there, or published: if it must be made again, the new one takes its place in the
+    end."""
+    entry = None if known is None else known.file(path.name)
+    return entry is not None and (entry.state == "remote" or path.is_file())
 
 
 def check_given(options: Options) -> None:
@@ -232,6 +259,8 @@ def given_checks(options: Options) -> list[tuple[str, Callable[[], object]]]:
         checks.append(("calibration", functools.partial(calibration_text, options)))
     if options.reference is not None:
         checks.append(("--from", functools.partial(_given_reference, options)))
+    if options.publish is not None:
+        checks.append(("--publish", functools.partial(_given_publish, options, options.publish)))
     if options.scheduler is not None:
         checks.append(("--scheduler", functools.partial(fanout.dask_workers, options.scheduler)))  # it answers
     return checks
@@ -254,6 +283,19 @@ def _given_imatrix(path: Path) -> None:
     imatrix.read(path)
 
 
+def _given_publish(options: Options, how: PublishOptions) -> None:
+    if how.stream and options.reference is not None:
+        raise BadInputError(
+            "--from compares all files with one of the set, --stream deletes that one after its wave",
+            next_step="Leave one of them out.",
+        )
+    if options.model == "demo" and not how.allow_demo:
+        raise BadInputError(
+            "the demo's weights were rebuilt from a quant; a set of it proves the factory, nothing else",
+            next_step="Publish a set of original weights, or add --allow-demo.",
+        )
+
+
 def _given_reference(options: Options) -> None:
     (reference,) = known_recipes([str(options.reference)], options.custom)
     evaluates = options.evaluate and options.until in ("evaluate", "card")
@@ -270,7 +312,7 @@ def open_run(
     name: source.ModelName,
     progress: Progress,
     say: Callable[[Done], None],
-    take_away: Callable[[Path], None] | None = None,
+    take_away: Callable[[Path], RemotePlace | None] | None = None,
 ) -> Iterator[Run]:
     """Build, checkpoint, lock, log and manifest: what every stage needs."""
     started = time.monotonic()
@@ -343,11 +385,12 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
     ]
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
-        # A manifest never names a file that is not there.
+        # A manifest never names a local file that is not there.
         facts["card"] = options.card.chosen(old.card, name.stem)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
             facts |= {"recipes": asked, "custom_recipes": own}
-        return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
+        kept = [entry for entry in old.files if entry.remote or (set_dir / entry.name).is_file()]
+        return old.model_copy(update={**facts, "files": kept})
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         kernels=None,
@@ -495,6 +538,7 @@ def new_entry(
         ftype=recipe.ftype if recipe else None,
         flags=list(recipe.flags) if recipe else [],
         state="local",
+        remote=None,
         n_bytes=header.file_size,
         sha256=state.memory.sha256(path),
         bpw=round(header.bits_per_weight, 4) if kind == "model" else None,

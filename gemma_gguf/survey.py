@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -67,9 +67,10 @@ def look(options: Options, *, thorough: bool = False) -> Facts:
             python=f"{platform.python_version()} ({sys.executable})",
             packages=_packages(),
             backends=_backends(),
-            account=_account(),
             kernels=_kernels(options, facts),
         )
+    if thorough or options.publish is not None:
+        facts = replace(facts, account=_account(), publishes_to=_goal(options))
     if options.model:
         facts = _of_run(facts, options, refused)
     return replace(facts, refused=tuple(refused))
@@ -206,10 +207,18 @@ def _account() -> Account:
             return Account(endpoint, reached=True)
         told = HfApi().whoami()
     except errors.HfHubHTTPError as error:
+        if error.response.status_code not in {401, 403}:
+            return Account(endpoint, reached=False, problem=_reason(error))
         return Account(endpoint, reached=True, problem=f"the hub does not accept the token ({_reason(error)})")
     except (httpx2.HTTPError, OSError, ValueError) as error:
         return Account(endpoint, reached=False, problem=_reason(error))
     return account_of(endpoint, told)
+
+
+def _goal(options: Options) -> str | None:
+    """The repository, or its namespace, that a run will write to; "" the account's own, None: nothing is published."""
+    how = options.publish
+    return None if how is None else how.repo or options.card.repo or how.namespace or ""
 
 
 def account_of(endpoint: str, told: dict[str, object]) -> Account:
@@ -227,9 +236,21 @@ def account_of(endpoint: str, told: dict[str, object]) -> Account:
         and "name" in scope["entity"]
         and "repo.write" in (scope.get("permissions") or ())
     )
+    orgs = told.get("orgs")
     return Account(
-        endpoint, reached=True, name=str(told.get("name")), role=str(token.get("role", "unknown")), writes_to=writes_to
+        endpoint,
+        reached=True,
+        name=str(told.get("name")),
+        role=str(token.get("role", "unknown")),
+        writes_to=writes_to,
+        orgs=_writable(orgs) if isinstance(orgs, list) else None,
     )
+
+
+def _writable(orgs: Iterable[object]) -> tuple[str, ...]:
+    """The organisations in which this account is more than a reader."""
+    named = (org for org in orgs if isinstance(org, dict) and "name" in org)
+    return tuple(str(org["name"]) for org in named if org.get("roleInOrg") != "read")
 
 
 def _reason(error: Exception) -> str:

@@ -32,6 +32,7 @@ from gemma_gguf.manifest import (
     PromptExample,
     PromptFacts,
     Quality,
+    RemotePlace,
     Sampling,
     Speed,
     StageRecord,
@@ -144,6 +145,8 @@ def test_a_manifest_from_before_the_kernels_is_read(tmp_path: Path) -> None:
     raw = _raw()
     raw["schema_version"] = 2
     del raw["kernels"]
+    for entry in raw["files"]:
+        del entry["remote"]
     assert _load(tmp_path, raw) == example().model_copy(update={"kernels": None})
 
 
@@ -206,7 +209,7 @@ def test_unknown_fields_are_refused(tmp_path: Path, place: tuple[str | int, ...]
         pytest.param(("model",), "origin", "moon", "Input should be 'demo', 'local' or 'hub'", id="unknown origin"),
         pytest.param(("files", 3), "bpw", "8.5", "Input should be a valid number", id="text for float"),
         pytest.param(("files", 3), "kind", "lora", "Input should be 'model', 'mmproj' or 'imatrix'", id="unknown kind"),
-        pytest.param(("files", 3), "state", "hub", "Input should be 'local'", id="unknown state"),
+        pytest.param(("files", 3), "state", "hub", "Input should be 'local' or 'remote'", id="unknown state"),
         pytest.param(("files", 3), "n_bytes", None, "Input should be a valid integer", id="null for size"),
         pytest.param(("files", 3), "argv", "llama-quantize", "Input should be a valid list", id="text for list"),
     ],
@@ -218,6 +221,42 @@ def test_wrong_types_are_refused(
     raw = _raw()
     _at(raw, place)[field] = value
     assert _refused(tmp_path, raw).what == f"{tmp_path / FILE_NAME} is damaged at {_dotted(place, field)}: {why}"
+
+
+REMOTE = {"repo": "me/set-GGUF", "commit": "0a" * 20}
+
+
+def test_a_published_file_says_where_it_is(tmp_path: Path) -> None:
+    raw = _raw()
+    raw["files"][3] |= {"state": "remote", "remote": REMOTE}
+    entry = _load(tmp_path, raw).files[3]
+    assert (entry.state, entry.remote) == ("remote", RemotePlace(repo="me/set-GGUF", commit="0a" * 20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "why"),
+    [
+        ({"state": "remote"}, "files.3", "remote files, and no others, should have a repository and a commit"),
+        ({"remote": REMOTE}, "files.3", "remote files, and no others, should have a repository and a commit"),
+        ({"remote": {"repo": "me/set"}}, "files.3.remote.commit", "Field required"),
+        ({"remote": {**REMOTE, "colour": "red"}}, "files.3.remote.colour", "Extra inputs are not permitted"),
+        (
+            {"remote": {**REMOTE, "repo": "../me"}},
+            "files.3.remote.repo",
+            "String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$'",
+        ),
+        (
+            {"remote": {**REMOTE, "commit": "main"}},
+            "files.3.remote.commit",
+            "String should match pattern '^[0-9a-f]{40}$'",
+        ),
+    ],
+    ids=["no place", "local with a place", "no commit", "unknown field", "no repository", "no hash"],
+)
+def test_half_a_place_is_refused(changes: dict[str, Any], where: str, why: str, tmp_path: Path) -> None:
+    raw = _raw()
+    raw["files"][3] |= changes
+    assert _refused(tmp_path, raw).what == f"{tmp_path / FILE_NAME} is damaged at {where}: {why}"
 
 
 BAD_SHA256 = [
