@@ -238,6 +238,7 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
         n_chunks=how.chunks or evaluate.DEFAULT_CHUNKS[material.mode],
         threads=evaluate.threads_or_default(how.threads),
         gpu_layers=how.gpu_layers,
+        other_builds=these.manifest.evidence_builds(these.build.key),
     )
     names = {base_sha256: base.name} | _names(present)
     paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
@@ -285,10 +286,11 @@ def _shown(quality: Quality) -> str:
 def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> None:
     threads = evaluate.threads_or_default(how.threads)
     names = _names(chosen)
+    kept = these.manifest.evidence_builds(these.build.key)
     todo: list[FileEntry] = []
     for entry in {entry.sha256: entry for entry in chosen}.values():
         speed = these.known(entry.sha256).speed
-        if speed is not None and evaluate.speed_is_current(speed, these.build, threads):
+        if speed is not None and evaluate.speed_is_current(speed, these.build, threads, kept):
             why = f"the same file, build and machine: {_shown_speed(speed)}"
             these.say(Done("evaluate", names[entry.sha256], False, why, 0.0))
         else:
