@@ -69,12 +69,13 @@ def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> 
     base_file = convert.base_name(state.stem)
     quants: list[FileEntry] = []
     for entry in state.manifest.files:
-        if (problem := problem_with(state, entry)) is not None and entry.kind != "model":
-            seen.decisions[entry.name] = stale.unknown(problem)
+        problem = problem_with(state, entry)
+        if entry.kind == "mmproj" or (entry.name == base_file and problem is None):
+            seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
+        elif problem is not None and (entry.kind == "imatrix" or conversion.missing is not None):
+            seen.decisions[entry.name] = stale.unknown("; ".join(filter(None, (problem, conversion.missing))))
         elif problem is not None:
             seen.decisions[entry.name] = stale.remake(problem)
-        elif entry.kind == "mmproj" or entry.name == base_file:
-            seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
         elif entry.kind == "imatrix":
             kept = "kept; --new-imatrix computes another"
             new = stale.remake("asked for with --new-imatrix")
@@ -165,8 +166,10 @@ def _conversion(state: Run, seen: Seen, why_not: str, scratch: Path) -> stale.Co
     for one in made:
         state.progress("comparing what was converted", len(outputs), len(made), "files")
         is_base = one is made[0]
-        there = base if is_base else state.set_dir / one.final_name
-        if there is not None and there.is_file():
+        entry = state.manifest.file(one.final_name)
+        whole = entry is not None and problem_with(state, entry) is None
+        there = base if is_base else state.set_dir / one.final_name if whole else None
+        if there is not None:
             found = compare_files(gguf_io.read_header(there), one.header)
         elif is_base and sha256_file(one.partial) == base_sha:
             found = stale.Converted()
@@ -187,6 +190,9 @@ def _why_convert(state: Run, seen: Seen) -> list[str]:
         new = seen.checkpoint.files
         if other := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
             reasons.append(f"the checkpoint's files changed ({stale.some(other)})")
+    for entry in state.manifest.files:
+        if entry.kind == "mmproj" and (problem := problem_with(state, entry)) is not None:
+            reasons.append(f"{problem}: {entry.name}")
     used = state.manifest.converter
     if used is None:
         reasons.append("which files of the converter made the base was not recorded")

@@ -169,7 +169,7 @@ def _options(set_dir: Path, asked: Asked) -> Options:
         evaluate=asked.evaluate and bool(facts.evidence),
         eval_chunks=max((quality.n_chunks for quality in qualities), default=None),
         bench=tuple(bench.split(",")) if bench else None,
-        reference=_after(words, "--from"),
+        reference=_after(words, "--from") or _imatrix_reference(argv),
         rehash=asked.rehash,
         wait=asked.wait,
     )
@@ -177,6 +177,12 @@ def _options(set_dir: Path, asked: Asked) -> Options:
 
 def _after(argv: Sequence[str], option: str) -> str | None:
     return argv[argv.index(option) + 1] if option in argv[:-1] else None
+
+
+def _imatrix_reference(argv: Sequence[str]) -> str | None:
+    """The recipe that an imatrix was computed with in the place of the base, from llama-imatrix's command line."""
+    model = Path(_after(argv, "-m") or "").name
+    return model.removeprefix("imatrix-from-").split("-")[0] if model.startswith("imatrix-from-") else None
 
 
 def _number(text: str | None) -> int | None:
@@ -347,8 +353,7 @@ def _keep_imatrix(state: Run, asked: Asked, old_base: str, old_key: str) -> None
     def key_of(base: str, build: str) -> str:
         if argv is None or facts is None:
             return sha256_json(["imatrix", base, entry.sha256])
-        model = Path(_after(argv, "-m") or "").name
-        reference = model.removeprefix("imatrix-from-").split("-")[0] if model.startswith("imatrix-from-") else None
+        reference = _imatrix_reference(argv)
         chunks, layers = _number(_after(argv, "--chunks")), _number(_after(argv, "-ngl")) or 0
         identity = ["imatrix", base, facts.sha256, _after(argv, "-f"), chunks, layers, build]
         return sha256_json([*identity, reference] if reference else identity)
