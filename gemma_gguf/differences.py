@@ -53,6 +53,7 @@ class Seen:
     decisions: dict[str, FileDecision]
     checkpoint: source.Source | None = None
     converted: dict[str, convert.Converted] = field(default_factory=dict)  # again, by final name
+    converted_by: ConverterFacts | None = None  # when the checkpoint was converted again, whatever came of it
     base: Path | None = None  # as the build converts it
     outputs: dict[str, fanout.Output] = field(default_factory=dict)  # as the build would write them, by file name
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by file name
@@ -100,8 +101,10 @@ def _take_up(state: Run, seen: Seen) -> None:
     earlier = state.manifest.refresh
     if earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key:
         for name, decision in earlier.files.items():
-            now = seen.decisions.get(name)
-            if now is not None and now.outcome != "remake" and decision.outcome in ("keys", "remake"):
+            now, entry = seen.decisions.get(name), state.manifest.file(name)
+            if now is None or entry is None or decision.outcome not in ("keys", "remake"):
+                continue
+            if now.outcome != "remake" or entry.kind == "mmproj":
                 seen.decisions[name] = decision
 
 
@@ -161,6 +164,7 @@ def _conversion(state: Run, seen: Seen, why_not: str, scratch: Path) -> stale.Co
         made = convert.convert(seen.checkpoint, state.build, scratch, log=state.log, progress=state.progress)
     except MissingToolError as error:
         return stale.Conversion(missing=f"{because}, and it cannot be converted again: {error.what}")
+    seen.converted_by = convert.converter_facts(state.build, made)
     base, base_sha = seen.base, stage.outputs.get(f"{WORK}/{state.base.name}") if stage is not None else None
     outputs: dict[str, stale.Converted] = {}
     for one in made:

@@ -38,7 +38,7 @@ from gemma_gguf.files import (
     write_from,
 )
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import Evidence, FileDecision, FileEntry, RefreshFacts, StageRecord
+from gemma_gguf.manifest import Evidence, FileDecision, FileEntry, RefreshFacts
 from gemma_gguf.pictures import Drawn
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Options, Run
@@ -136,7 +136,7 @@ def _refresh_one(
             if not asked.apply:
                 _record(state, seen, "checked")
             else:
-                _carry_out(state, seen, asked)
+                _carry_out(state, seen)
                 applied = True
     except GemmaGGUFError as error:
         problem = error
@@ -234,7 +234,7 @@ def _record(state: Run, seen: Seen, how: Any) -> None:
     state.record(state.manifest.model_copy(update=new))
 
 
-def _carry_out(state: Run, seen: Seen, asked: Asked) -> None:
+def _carry_out(state: Run, seen: Seen) -> None:
     """Do what was decided. What is done is recorded file by file, so a killed refresh goes on there.
 
     Raises `BadInputError` when something could not be decided: then nothing is changed.
@@ -253,9 +253,12 @@ def _carry_out(state: Run, seen: Seen, asked: Asked) -> None:
     old_base = _base_sha(state)
     _record(state, seen, "applying")
     _install_converted(state, seen)
-    _keep_imatrix(state, asked, old_base, old_key)
+    computed = seen.decisions.get(imatrix.file_name(state.stem))
+    new_imatrix = computed is not None and computed.outcome == "remake"
+    if not new_imatrix:
+        _keep_imatrix(state, old_base, old_key)
     _settle_quants(state, seen)
-    factory.remake(state, new_imatrix=asked.new_imatrix)
+    factory.remake(state, new_imatrix=new_imatrix)
     _record(state, seen, "applied")
 
 
@@ -305,18 +308,22 @@ def _rewritten(state: Run, seen: Seen, name: str) -> Path:
 
 
 def _install_converted(state: Run, seen: Seen) -> None:
-    """The base and the projectors that the build converts otherwise, under their names; and what made them."""
+    """The base and the projectors that the build converts otherwise, under their names; and what made them.
+
+    The manifest says so at once, when all are there: a refresh that is killed before converts them again.
+    """
+    facts = state.manifest
     if seen.checkpoint is not None:
         state.source = replace(seen.checkpoint, name=state.source.name)
-        state.record(state.manifest.model_copy(update={"model": seen.checkpoint.facts}))
-    old = state.manifest.stages["convert"]
+        facts = facts.model_copy(update={"model": seen.checkpoint.facts})
+    old = facts.stages["convert"]
     key = factory.convert_key(state) if old.argv else old.key
-    outputs, argv = dict(old.outputs), [list(words) for words in old.argv]
+    outputs = dict(old.outputs)
     for name, one in seen.converted.items():
         verify.check_finite(one.header)
-        text = session.probe_text(state) if name == state.base.name else None
-        checks = verify.check_file(one.partial, None, build=state.build, text=text, log=state.log)
         is_base = name == state.base.name
+        text = session.probe_text(state) if is_base else None
+        checks = verify.check_file(one.partial, None, build=state.build, text=text, log=state.log)
         final = state.base if is_base else state.set_dir / name
         replace_durably(one.partial, final)
         outputs[f"{WORK}/{name}" if is_base else name] = state.memory.sha256(final)
@@ -324,29 +331,28 @@ def _install_converted(state: Run, seen: Seen) -> None:
             entry = session.new_entry(
                 state, final, kind="mmproj", recipe=None, key=key, argv=one.argv, seconds=one.seconds, checks=checks
             )
-            state.record(state.manifest.with_file(entry))
+            facts = facts.with_file(entry)
         state.did(Done("refresh", name, True, "converted again", one.seconds, final.stat().st_size))
     if not state.base.exists() and seen.base is not None:
         link_or_copy(seen.base, state.base)
-    used = state.manifest.converter
-    if seen.converted:
-        used = convert.converter_facts(state.build, list(seen.converted.values()))
-    elif used is not None:
+    used = facts.converter
+    if seen.converted_by is not None:
+        used = seen.converted_by
+    elif used is not None:  # the same files
         used = used.model_copy(update={"build": state.build.key})
-    record = StageRecord(key=key, argv=argv, seconds=old.seconds, outputs=outputs)
-    files = [e.model_copy(update={"key": key}) if e.kind == "mmproj" else e for e in state.manifest.files]
-    new = state.manifest.model_copy(update={"converter": used, "files": files})
-    state.record(new.with_stage("convert", record))
+    files = [e.model_copy(update={"key": key}) if e.kind == "mmproj" else e for e in facts.files]
+    facts = facts.model_copy(update={"converter": used, "files": files})
+    state.record(facts.with_stage("convert", old.model_copy(update={"key": key, "outputs": outputs})))
 
 
-def _keep_imatrix(state: Run, asked: Asked, old_base: str, old_key: str) -> None:
+def _keep_imatrix(state: Run, old_base: str, old_key: str) -> None:
     """Have the imatrix count as that of this base and build: a run with the same text then computes none.
 
     Its key is taken apart and put together again; where that does not give the recorded one, it is left alone.
     """
     record = state.manifest.stages.get("imatrix")
     entry = state.manifest.file(imatrix.file_name(state.stem))
-    if asked.new_imatrix or record is None or entry is None:
+    if record is None or entry is None:
         return
     facts, argv = state.manifest.calibration, record.argv[0] if record.argv else None
 

@@ -6,13 +6,27 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from sentencepiece import sentencepiece_model_pb2 as sp
 
-from gemma_gguf import cli, convert, factory, fanout, gguf_io, llama_cpp, manifest, proof, quantisers, recipes, refresh
+from gemma_gguf import (
+    cli,
+    convert,
+    factory,
+    fanout,
+    gguf_io,
+    llama_cpp,
+    manifest,
+    production,
+    proof,
+    quantisers,
+    recipes,
+    refresh,
+)
 from gemma_gguf.differences import compare_files, sampled_rows
 from gemma_gguf.errors import BadInputError, ToolFailedError
 from gemma_gguf.files import sha256_bytes, sha256_file
@@ -73,6 +87,20 @@ def made(first: Options, tmp_path: Path) -> Iterator[tuple[Options, Path]]:
     shutil.rmtree(tmp_path)
 
 
+def stop_after(n_files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when so many files have their new header; what runs afterwards is not stopped."""
+    accept, accepted = production.accept, 0
+
+    def counted(*args: Any, **named: Any) -> None:
+        nonlocal accepted
+        accepted += 1
+        if accepted == n_files + 1:
+            raise KeyboardInterrupt
+        accept(*args, **named)
+
+    monkeypatch.setattr(production, "accept", counted)
+
+
 def one(set_dir: Path, asked: refresh.Asked) -> dict[str, FileDecision]:
     (result,) = refresh.refresh_sets([set_dir], asked)
     assert result.error is None, result.error
@@ -93,11 +121,15 @@ def test_a_corrected_template_quantises_nothing(
     assert "6 of 6 files come out byte for byte the same" in (set_dir / "README.md").read_text()
     fix_template(Path(options.model))
     monkeypatch.setattr(fanout, "prepare", None)  # a fan-out cannot start, nor write its journal
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        refresh.refresh_sets([set_dir], refresh.Asked(apply=True))
+    assert len({name for name, digest in hashes(set_dir).items() if digest != before[name]}) == 2
     found = one(set_dir, refresh.Asked(apply=True))
     monkeypatch.undo()
     assert {name: one.outcome for name, one in found.items()} == {"imatrix": "unchanged", **dict.fromkeys(SOME, "keys")}
     assert {tuple(found[name].keys) for name in SOME} == {("tokenizer.chat_template",)}
-    log = max((options.out / ".work" / STEM / "logs").glob("*-refresh.log")).read_text()
+    log = "".join(path.read_text() for path in (options.out / ".work" / STEM / "logs").glob("*-refresh.log"))
     assert "fan-out" not in log
     assert len(re.findall(r"new header, \d+ bytes of tensor data copied, none quantised", log)) == len(SOME) - 1
     assert "Metadata was corrected (`tokenizer.chat_template`)" in (set_dir / "README.md").read_text()
