@@ -26,7 +26,6 @@ from gemma_gguf import (
     planning,
     quantisers,
     quantize,
-    recipes,
     session,
     source,
     stale,
@@ -252,10 +251,11 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
     given = state.set_dir / imatrix.file_name(state.stem)
     base = gguf_io.read_header(seen.base)
     for entry in entries:
-        try:
-            (seen.recipes[entry.name],) = recipes.select([str(entry.recipe)], state.offered)
-        except BadInputError as error:
-            seen.decisions[entry.name] = stale.unknown(error.what)
+        recipe = entry.as_recipe()
+        if recipe.ftype in state.offered:
+            seen.recipes[entry.name] = recipe
+        else:
+            seen.decisions[entry.name] = stale.unknown(f"this build's llama-quantize does not offer {recipe.ftype}")
     entries = [entry for entry in entries if entry.name in seen.recipes]
     if not given.is_file():
         for entry in entries:

@@ -480,7 +480,13 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
-    added: dict[str, Any] = {"kernels": None, "converter": None, "quantisers": {}, "refresh": None, "custom_recipes": []}
+    added: dict[str, Any] = {
+        "kernels": None,
+        "converter": None,
+        "quantisers": {},
+        "refresh": None,
+        "custom_recipes": [],
+    }
     return {**added, **raw, "schema_version": SCHEMA_VERSION}
 
 

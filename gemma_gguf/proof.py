@@ -77,7 +77,12 @@ def prove_run(state: Run, *, again: bool) -> None:
     started = time.monotonic()
     try:
         compare_with_reference(
-            state.build, state.set_dir, state.set_dir / entry.name, entry.as_recipe(), log=state.log, progress=state.progress
+            state.build,
+            state.set_dir,
+            state.set_dir / entry.name,
+            entry.as_recipe(),
+            log=state.log,
+            progress=state.progress,
         )
     except VerificationError:
         for bad in made.values():

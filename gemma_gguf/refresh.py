@@ -152,10 +152,12 @@ def _options(set_dir: Path, asked: Asked) -> Options:
     measured = facts.stages.get("evaluate")
     words = measured.argv[0] if measured is not None and measured.argv else []
     bench = _after(words, "--bench")
+    made = [entry.as_recipe() for entry in facts.files if entry.kind == "model"]
     return Options(
         model="",
         out=set_dir.resolve().parent,
-        recipes=tuple(str(entry.recipe) for entry in facts.files if entry.kind == "model"),
+        recipes=tuple(recipe.name for recipe in made),
+        custom=tuple(recipe for recipe in made if recipe.name not in recipes.TABLE),
         llama_cpp=asked.llama_cpp,
         backend=asked.backend,
         cmake_args=asked.cmake_args,
@@ -383,7 +385,7 @@ def _settle_quants(state: Run, seen: Seen) -> None:
             continue
         if entry.name == convert.base_name(state.stem):
             if outcome == "unchanged":  # else it is linked to the new base with what is made
-                key = production.quant_key(state, recipes.TABLE[str(entry.recipe)], base_sha, imatrix_sha)
+                key = production.quant_key(state, entry.as_recipe(), base_sha, imatrix_sha)
                 state.record(state.manifest.with_file(entry.model_copy(update={"key": key})))
             continue
         recipe, output = seen.recipes[entry.name], seen.outputs[entry.name]
@@ -399,9 +401,9 @@ def _settle_quants(state: Run, seen: Seen) -> None:
         partial = _rewritten(state, seen, entry.name)
         argv = proof.reference_argv(state.build, state.stem, recipe, partial, state.options.threads)
         n_bytes = held.file_size - held.data_start
-        state.log.note(f"refresh: {entry.name}: new header, {n_bytes} bytes of tensor data copied, none quantised")
         item = production.Todo(recipe, key, seen.decisions[entry.name].why, plans)
         production.accept(state, item, partial, argv, time.monotonic() - started, stage="refresh")
+        state.log.note(f"refresh: {entry.name}: new header, {n_bytes} bytes of tensor data copied, none quantised")
         _keep_speed(state, entry)
 
 
