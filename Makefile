@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 .DEFAULT_GOAL := help
-.PHONY: help all-quants all-quants-batch upload build test proof bench check fmt messages calibration-table clean
+.PHONY: help all-quants all-quants-batch upload build cards refresh test proof bench check fmt messages calibration-table clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ upload: $(VENV)/.run  ## send the set of MODEL to the Hub: shows the plan, CONFI
 
 build: $(VENV)/.run  ## llama.cpp alone, from LLAMA_CPP
 	$(BIN)/gemma-gguf build $(BUILD_OPTION) $(ARGS)
+
+cards: $(VENV)/.run  ## the cards of all sets under out/, with what LLAMA_CPP would write otherwise; makes no quant
+	$(BIN)/gemma-gguf refresh out/*-GGUF $(BUILD_OPTION) $(ARGS)
+
+refresh: $(VENV)/.run  ## ... and change that: new headers, stale recipes made again
+	$(BIN)/gemma-gguf refresh out/*-GGUF $(BUILD_OPTION) --apply $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 	$(BIN)/python -m pytest $(ARGS)

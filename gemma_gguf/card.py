@@ -22,7 +22,7 @@ import jinja2
 
 from gemma_gguf import embedding, gemma, memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import Manifest, Similarity
+from gemma_gguf.manifest import BuildFacts, Manifest, Similarity
 from gemma_gguf.resources import TEMPLATES
 from gemma_gguf.table import gigabytes
 
@@ -252,6 +252,55 @@ def _after(argv: list[str], option: str, ours: str) -> list[str]:
     return [ours, value] if value != "0" else []
 
 
+@dataclass(frozen=True)
+class Refreshed:
+    """What the last comparison with a llama.cpp build says to a reader; lists are names of files."""
+
+    build_name: str
+    commit: str
+    is_applied: bool
+    unchanged: list[str]
+    keys: list[str]
+    remake: list[str]
+    unknown: list[str]
+    key_names: str
+
+    @property
+    def stale(self) -> list[str]:
+        """Files that another build would write otherwise, and that are still as they were."""
+        return [] if self.is_applied else [*self.keys, *self.remake]
+
+
+def _refreshed(manifest: Manifest) -> Refreshed | None:
+    """None when there was no comparison, or none of these very files."""
+    done = manifest.refresh
+    if done is None:
+        return None
+    current = {
+        entry.name: done.files[entry.name]
+        for entry in manifest.files
+        if entry.name in done.files and done.files[entry.name].sha256 == entry.sha256
+    }
+    if not current:
+        return None
+    names = {
+        outcome: [name for name, found in current.items() if found.outcome == outcome]
+        for outcome in ("unchanged", "keys", "remake", "unknown")
+    }
+    changed = dict.fromkeys(key for found in current.values() for key in found.keys)
+    return Refreshed(
+        build_name=_build_name(done.build),
+        commit=done.build.commit,
+        is_applied=done.state == "applied",
+        key_names=", ".join(f"`{_code(key)}`" for key in changed),
+        **names,
+    )
+
+
+def _build_name(build: BuildFacts) -> str:
+    return f"b{build.build_number}" if build.build_number else build.version
+
+
 def context(manifest: Manifest, language: str = "en", words: gettext.NullTranslations | None = None) -> dict[str, Any]:
     """Everything the templates may name; `words` translates what is said in rows."""
     words = words or gettext.NullTranslations()
@@ -268,7 +317,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "model": manifest.model,
         "made_from": made_from(manifest),
         "build": build,
-        "build_name": f"b{build.build_number}" if build.build_number else build.version,
+        "build_name": _build_name(build),
         "languages": [
             Language(tag, LANGUAGES[tag], file, tag == language)
             for tag, file in card_files(tuple(manifest.card.languages)).items()
@@ -288,7 +337,8 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "n_made": len(models),
         "n_measured": len(close),
         "n_asked": len(set(manifest.recipes) | {entry.recipe for entry in models}),
-        "older": [entry for entry in manifest.files if entry.build != build.key],
+        "refreshed": _refreshed(manifest),
+        "older": [entry for entry in manifest.files if not manifest.is_of_build(entry, build.key)],
         "setups": list(setups.values()),
         "line_setups": list(lines.values()),
         "pick": picked,

@@ -30,6 +30,7 @@ from gemma_gguf import (
     planning,
     proof,
     recipes,
+    refresh,
     session,
     settings,
     source,
@@ -645,6 +646,58 @@ def card_command(ctx: click.Context, /, directories: tuple[Path, ...], **given: 
     for directory, made in written.items():
         console.say(f"{directory}: {'written' if made else 'unchanged'}")
     console.document({"cards": written})
+
+
+@main.command(name="refresh")
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--apply", is_flag=True, help="Carry out what was decided: new headers, recipes made again, new cards.")
+@click.option("--new-imatrix", is_flag=True, help="Compute the imatrix again, and so every quant; else it is kept.")
+@click.option("--model", metavar="MODEL", help="The checkpoint of the set, where it is not found by itself.")
+@click.option(
+    "--evaluate/--no-evaluate",
+    default=True,
+    show_default=True,
+    help="With --apply: measure changed files of a set that was measured.",
+)
+@click.option(
+    "--proof/--no-proof",
+    default=True,
+    show_default=True,
+    help="With --apply: make one file that is kept with llama-quantize, too, and compare.",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Worker processes (default: all cores).")
+@_threads
+@click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size, time and inode.")
+@click.option(
+    "--templates",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Directory whose templates override the card's, file by file.",
+)
+@_build_options
+@_json
+@click.pass_context
+def refresh_command(ctx: click.Context, /, directories: tuple[Path, ...], **given: Any) -> None:
+    """Say what a llama.cpp build, or a corrected checkpoint, changes in finished sets; cards are rendered anew.
+
+    Every file is found unchanged, to need another header, to be made again, or unknown, with the reason. Nothing but
+    the card changes without --apply.
+
+    \b
+    gemma-gguf refresh out/*-GGUF --llama-cpp pypi:0.3.36
+    gemma-gguf refresh out/google_gemma-3-4b-it-GGUF --apply
+    """
+    console = _console(ctx)
+    asked = refresh.Asked(
+        llama_cpp=given["llama_cpp_spec"],
+        **{name: given[name] for name in vars(refresh.Asked()) if name in given},
+    )
+    results = refresh.refresh_sets(
+        directories, asked, progress=console.progress, say=console.did, ended=console.refreshed_one
+    )
+    console.refreshed(results)
+    console.document({"sets": [result.document() for result in results]})
+    if any(result.error is not None for result in results):
+        ctx.exit(1)
 
 
 @main.command()

@@ -22,7 +22,9 @@ from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.planning import SetPlan
 from gemma_gguf.proof import Verified
 from gemma_gguf.publishing import Look
+from gemma_gguf.refresh import Refreshed
 from gemma_gguf.session import Done, Report
+from gemma_gguf.stale import OUTCOMES, counts
 from gemma_gguf.table import gigabytes
 
 PLAIN_WIDTH = 160  # columns of tables in a log
@@ -235,11 +237,50 @@ class Console:
         if n_failed:
             self._err.print("The same command goes on: what is complete is kept.")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    def refreshed_one(self, result: Refreshed) -> None:
+        """What was decided about the files of one set, those with the same reason together."""
+        self._end_bar()
+        self._err.print(f"[bold]{shown(result.set_dir.name)}[/]")
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, decision in result.decisions.items():
+            groups.setdefault((OUTCOMES[decision.outcome], decision.why), []).append(name)
+        rows = [(outcome, ", ".join(names), why) for (outcome, why), names in groups.items()]
+        if rows:
+            self.table(("", "Files", "Why"), rows, folded=(1, 2))
+        if result.error is not None:
+            self._err.print(f"[bold red]error:[/] {shown(result.error.what)}")
+            if result.error.next_step:
+                self._err.print(f"[bold]next:[/]  {shown(result.error.next_step)}")
+
+    def refreshed(self, results: Sequence[Refreshed]) -> None:
+        """One row per set: how many of its files are what, and what was done."""
+        self._end_bar()
+        rows = [
+            (
+                result.set_dir.name,
+                *(str(n) for n in counts(result.decisions.values()).values()),
+                f"{result.seconds:.1f} s",
+                "failed" if result.error is not None else "applied" if result.applied else "card only",
+            )
+            for result in results
+        ]
+        self.table(("Set", *OUTCOMES.values(), "Time", "Done"), rows, right=(1, 2, 3, 4, 5))
+        stale = sum(result.error is None and not result.applied and _is_stale(result) for result in results)
+        if stale:
+            self._err.print(f"{stale} of {len(results)} sets would change: the same command with --apply changes them")
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        right: Sequence[int] = (),
+        folded: Sequence[int] = (),
+    ) -> None:
         """A table whose cells are never cut."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for index, column in enumerate(columns):
-            last = index == len(columns) - 1  # the one column that may be long: it folds, the others stay whole
+            # The last column, and others that may be long, fold; the rest stay whole.
+            last = index == len(columns) - 1 or index in folded
             table.add_column(column, justify="right" if index in right else "left", no_wrap=not last, overflow="fold")
         for row in rows:
             table.add_row(*(shown(cell) for cell in row))
@@ -274,6 +315,10 @@ def time_left(elapsed: float, done: float, left: float) -> str:
     if seconds < 90:
         return f"about {seconds:.0f} s left"
     return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+
+def _is_stale(result: Refreshed) -> bool:
+    return any(decision.outcome in ("keys", "remake") for decision in result.decisions.values())
 
 
 def shown(text: str) -> str:

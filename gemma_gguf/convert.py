@@ -6,10 +6,11 @@ needed files, and runs offline. It is the only step that imports torch, in its o
 """
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationErr
 from gemma_gguf.files import partial_path
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
+from gemma_gguf.manifest import ConverterFacts
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.source import Source
 
@@ -27,13 +29,15 @@ CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
 
 @dataclass(frozen=True)
 class Converted:
-    """One output of the converter, still under a partial name. `recipe` is None for an mmproj."""
+    """One output of the converter, still under a partial name. `files` are those of the converter that it used, with
+    their SHA-256."""
 
     final_name: str
     partial: Path
     header: Header
     argv: tuple[str, ...]
     seconds: float
+    files: Mapping[str, str]
 
 
 def base_name(stem: str) -> str:
@@ -66,9 +70,21 @@ def stage_checkpoint(source: Source, work: Path) -> Path:
 def converter_argv(
     build: Build, staged: str, outtype: str, outfile: str, *, mmproj: bool, flags: Sequence[str] = ()
 ) -> list[str]:
-    """The converter's command line; paths are relative to the work directory, so none of this machine's is kept."""
+    """The converter's command line; paths are relative to the work directory, so none of this machine's is kept.
+
+    `converter.py` runs it and lists its files. -P: neither that file's directory nor the working one is searched.
+    """
     kind = ["--mmproj"] if mmproj else [*flags]
-    return [sys.executable, str(build.converter), staged, "--outtype", outtype, "--outfile", outfile, *kind]
+    tracing = [sys.executable, "-P", str(Path(__file__).with_name("converter.py"))]
+    return [*tracing, str(build.converter), staged, "--outtype", outtype, "--outfile", outfile, *kind]
+
+
+def parse_converter_log(text: str) -> dict[str, str]:
+    """{file of the converter: SHA-256}, from what `converter.py` printed last."""
+    line = next((line for line in reversed(text.splitlines()) if line.startswith('{"converter_files": ')), None)
+    if line is None:
+        raise ToolFailedError("the converter ended without the list of its files")
+    return dict(json.loads(line)["converter_files"])
 
 
 def missing_packages() -> tuple[str, ...]:
@@ -135,8 +151,14 @@ def _convert_one(
     header = gguf_io.read_header(written)
     if not header.tensors:
         raise VerificationError(f"the converter wrote {name} without a single tensor", log=log.path)
-    recorded = ("python", build.converter.name, *argv[2:])
-    return Converted(name, written, header, recorded, done.seconds)
+    at = argv.index(str(build.converter))
+    recorded = ("python", build.converter.name, *argv[at + 1 :])
+    return Converted(name, written, header, recorded, done.seconds, parse_converter_log(done.output))
+
+
+def converter_facts(build: Build, made: Sequence[Converted]) -> ConverterFacts:
+    """The files of this build's converter that any of these outputs needed."""
+    return ConverterFacts(build=build.key, files={name: sha for output in made for name, sha in output.files.items()})
 
 
 def _check_projectors(source: Source, base: Header, projectors: Sequence[Converted]) -> None:

@@ -136,17 +136,22 @@ class Against:
     n_chunks: int
     threads: int
     gpu_layers: int
+    other_builds: frozenset[str] = frozenset()  # whose measurements of unchanged files were kept
 
     def measured(self, quality: Quality | None) -> bool:
         """Whether a quality that is known already is of just this base, text, depth and build."""
-        return quality is not None and (
-            quality.base_sha256,
-            quality.text_sha256,
-            quality.mode,
-            quality.chunk_size,
-            quality.n_chunks,
-            quality.build,
-        ) == (self.base_sha256, self.material.sha256, self.material.mode, CHUNK_TOKENS, self.n_chunks, self.build.key)
+        return (
+            quality is not None
+            and (
+                quality.base_sha256,
+                quality.text_sha256,
+                quality.mode,
+                quality.chunk_size,
+                quality.n_chunks,
+            )
+            == (self.base_sha256, self.material.sha256, self.material.mode, CHUNK_TOKENS, self.n_chunks)
+            and (quality.build in {self.build.key, *self.other_builds})
+        )
 
     @property
     def settings(self) -> dict[str, object]:
@@ -346,16 +351,22 @@ def bench_choice(entries: Sequence[FileEntry], wanted: Sequence[str] | None) -> 
     return [by_recipe[name] for name in dict.fromkeys(names)]
 
 
-def speed_is_current(speed: Speed | None, build: Build, threads: int, *, n_generate: int = BENCH_GENERATE) -> bool:
-    """Whether a speed that is known already is of this build and machine, with so many threads."""
-    return speed is not None and (
-        speed.build,
-        speed.cpu,
-        speed.backend,
-        speed.threads,
-        speed.n_prompt,
-        speed.n_generate,
-    ) == (build.key, cpu_name(), build.backend, threads, BENCH_PROMPT, n_generate)
+def speed_is_current(
+    speed: Speed | None,
+    build: Build,
+    threads: int,
+    other_builds: frozenset[str] = frozenset(),
+    *,
+    n_generate: int = BENCH_GENERATE,
+) -> bool:
+    """Whether a speed that is known already is of this build (or of `other_builds`, whose measurements are kept) and
+    of this machine, with so many threads."""
+    return (
+        speed is not None
+        and speed.build in {build.key, *other_builds}
+        and (speed.cpu, speed.backend, speed.threads, speed.n_prompt, speed.n_generate)
+        == (cpu_name(), build.backend, threads, BENCH_PROMPT, n_generate)
+    )
 
 
 def bench_argv(

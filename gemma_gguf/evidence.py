@@ -242,6 +242,7 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
         n_chunks=how.chunks or evaluate.DEFAULT_CHUNKS[material.mode],
         threads=evaluate.threads_or_default(how.threads),
         gpu_layers=how.gpu_layers,
+        other_builds=these.manifest.evidence_builds(these.build.key),
     )
     names = {base_sha256: base.name} | _names(present)
     paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
@@ -334,10 +335,11 @@ def _measure_speed(these: _Set, chosen: Sequence[FileEntry], how: Measuring) -> 
     threads = evaluate.threads_or_default(how.threads)
     n_generate = evaluate.BENCH_GENERATE if these.manifest.model.embedding is None else 0
     names = _names(chosen)
+    kept = these.manifest.evidence_builds(these.build.key)
     todo: list[FileEntry] = []
     for entry in {entry.sha256: entry for entry in chosen}.values():
         speed = these.known(entry.sha256).speed
-        if speed is not None and evaluate.speed_is_current(speed, these.build, threads, n_generate=n_generate):
+        if speed is not None and evaluate.speed_is_current(speed, these.build, threads, kept, n_generate=n_generate):
             why = f"the same file, build and machine: {_shown_speed(speed)}"
             these.say(Done("evaluate", names[entry.sha256], False, why, 0.0))
         else:

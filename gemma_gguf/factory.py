@@ -120,6 +120,18 @@ def run(
         return state.report
 
 
+def remake(state: Run, *, new_imatrix: bool) -> None:
+    """What a refresh left to be made of a finished set, in the order of a run; what is recorded as done is kept."""
+    _describe(state)
+    if new_imatrix:
+        stages = {name: record for name, record in state.manifest.stages.items() if name != "imatrix"}
+        state.record(state.manifest.model_copy(update={"stages": stages}))
+        _imatrix(state)
+    _quantize(state)
+    if state.options.evaluate:
+        _evaluate(state)
+
+
 # --- convert -----------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +146,7 @@ def _convert(state: Run) -> None:
     if options.base is not None:
         _given_base(state, options.base)
         return
-    identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
-    key = sha256_json(identity if options.mmproj else [*identity, "no mmproj"])
+    key = convert_key(state)
     bf16_row = state.set_dir / convert.base_name(state.stem)
     record = state.manifest.stages.get("convert")
     # The work directory can be deleted at any time: the bf16 row is the same file.
@@ -178,7 +189,14 @@ def _convert(state: Run) -> None:
         state.did(Done("convert", output.final_name, True, why, output.seconds, final.stat().st_size))
     argv = [list(output.argv) for output in made]
     seconds = round(time.monotonic() - started, 2)
+    new = new.model_copy(update={"converter": convert.converter_facts(state.build, made)})
     state.record(new.with_stage("convert", StageRecord(key=key, argv=argv, seconds=seconds, outputs=outputs)))
+
+
+def convert_key(state: Run) -> str:
+    """Hash of everything a conversion depends on."""
+    identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
+    return sha256_json(identity if state.options.mmproj else [*identity, "no mmproj"])
 
 
 def _given_base(state: Run, base: Path) -> None:

@@ -49,6 +49,7 @@ MAX_MEMORY = 3_000_000_000  # of all workers together, whatever the model's size
 SYNC_SECONDS = 60.0
 DASK_SECONDS = 10  # to wait for a scheduler
 RESTARTS = 3  # of the pool when a worker was killed from outside
+REMOVED_KEYS = ("split.no", "split.count", "split.tensors.count")  # by llama-quantize, from a base's own
 COPY_SPEED = 1e9  # elements per second that copied tensors count for in estimates
 
 
@@ -109,7 +110,7 @@ def new_header(base: Header, plan: FilePlan, keys: Sequence[tuple[str, int | str
             next_step="Use --engine llama-quantize.",
         )
     rows = [(t.name, t.shape, t.target) for t in plan.tensors]
-    return gguf_io.derived_header(base, rows, keys, removed=("split.no", "split.count", "split.tensors.count"))
+    return gguf_io.derived_header(base, rows, keys, removed=REMOVED_KEYS)
 
 
 def build_job(

@@ -6,6 +6,7 @@ second look at a set of many gigabytes costs a few `stat` calls.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from gemma_gguf.errors import BusyError, DiskError, GemmaGGUFError
 
 PARTIAL = ".partial"
 DAY = 86_400.0  # seconds
+# What a system says that does not copy ranges, or not between these two file systems.
+CANNOT_COPY_RANGES = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
 
 def partial_path(final: Path, directory: Path | None = None) -> Path:
@@ -71,6 +74,17 @@ class System:
 
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
+
+    def copy_range(self, source: int, target: int, n_bytes: int, start: int, offset: int) -> int:
+        """Copy at most `n_bytes`; how many there were, 0 at the end of the source."""
+        if hasattr(os, "copy_file_range"):
+            try:
+                return os.copy_file_range(source, target, min(n_bytes, 1 << 30), start, offset)
+            except OSError as error:
+                if error.errno not in CANNOT_COPY_RANGES:
+                    raise
+        data = os.pread(source, min(n_bytes, 1 << 24), start)
+        return os.pwrite(target, data, offset) if data else 0
 
     def allocate(self, descriptor: int, n_bytes: int) -> None:
         if hasattr(os, "posix_fallocate"):
@@ -193,6 +207,25 @@ def copy(source: Path, target: Path) -> None:
     """Copy the bytes of a file, in pieces."""
     with source.open("rb") as file:
         write_stream(target, iter(lambda: file.read(1 << 24), b""))
+
+
+def write_from(path: Path, head: bytes, source: Path, start: int, n_bytes: int) -> None:
+    """Write a file that begins with `head` and goes on with `n_bytes` bytes of `source` from `start` on.
+
+    The kernel copies the range, where it can: the bytes do not pass through this process.
+    """
+    write_stream(path, [head])
+    with (
+        _disk_errors(path),
+        _opened(source, os.O_RDONLY) as reading,
+        _opened(path, os.O_WRONLY) as writing,
+    ):
+        at, to, left = start, len(head), n_bytes
+        while left:
+            moved = system.copy_range(reading, writing, left, at, to)
+            if moved == 0:
+                raise OSError(f"{source} ends at byte {at}, {left} bytes more were expected")
+            at, to, left = at + moved, to + moved, left - moved
 
 
 def preallocate(path: Path, n_bytes: int) -> None:

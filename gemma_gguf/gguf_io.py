@@ -407,16 +407,10 @@ def derived_header(
     A key set anew moves to the end, as ggml's `gguf_set_val_*` does; integers become UINT32. ggml keeps strings as C
     strings, so array elements end at their first NUL. Source: `gguf_set_kv`, `gguf_write_out` in ggml/src/gguf.cpp.
     """
-    gone = {*removed, *(name for name, _ in values)}
-    kept = [key for key in base.keys.values() if key.name not in gone]
-    out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(tensors), len(kept) + len(values)))
-    for key in kept:
-        out += base.written_again[key.name]
-    for name, value in values:
-        if isinstance(value, int):
-            out += _packed(name) + struct.pack("<II", GGUFValueType.UINT32, value)
-        else:
-            out += _packed(name) + struct.pack("<I", GGUFValueType.STRING) + _packed(value)
+    keys = derived_keys(base, values, removed)
+    out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(tensors), len(keys)))
+    for key in keys.values():
+        out += key
     align = GGUF_DEFAULT_ALIGNMENT
     place, places = 0, []
     for name, shape, ggml_type in tensors:
@@ -425,6 +419,27 @@ def derived_header(
         place += -(-n_bytes_of(ggml_type, math.prod(shape)) // align) * align
     out += bytes(-len(out) % align)
     return NewHeader(bytes(out), tuple(len(out) + place for place in places), len(out) + place)
+
+
+def derived_keys(
+    base: Header, values: Sequence[tuple[str, int | str]], removed: Collection[str] = ()
+) -> dict[str, bytes]:
+    """{key: its bytes} of such a header, in order."""
+    gone = {*removed, *(name for name, _ in values)}
+    keys = {name: base.written_again[name] for name in base.keys if name not in gone}
+    for name, value in values:
+        if isinstance(value, int):
+            keys[name] = _packed(name) + struct.pack("<II", GGUFValueType.UINT32, value)
+        else:
+            keys[name] = _packed(name) + struct.pack("<I", GGUFValueType.STRING) + _packed(value)
+    return keys
+
+
+def differing_keys(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Names of the keys that differ, or are in one alone; all of them when only their order differs."""
+    names = [*one, *(name for name in other if name not in one)]
+    differing = tuple(name for name in names if one.get(name) != other.get(name))
+    return differing if differing or list(one) == list(other) else tuple(names)
 
 
 def strings_value(texts: Sequence[str]) -> bytes:

@@ -539,6 +539,12 @@ def find_built(spec_text: str, *, backend: str, extra_cmake_args: Sequence[str],
     return None
 
 
+def find_build(key: str) -> Build | None:
+    """The build with this key, if the cache has it."""
+    root = cache_dir() / "builds" / key
+    return _load(root) if re.fullmatch(r"[0-9a-f]{20}", key) and (root / "build.json").is_file() else None
+
+
 def _load(root: Path) -> Build:
     facts = json.loads((root / "build.json").read_text())
     return Build(root=root, **{**facts, "cmake_args": tuple(facts["cmake_args"])})

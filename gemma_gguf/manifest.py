@@ -117,6 +117,13 @@ class KernelFacts(_Model):
     why_none: str | None
 
 
+class ConverterFacts(_Model):
+    """The files of llama.cpp's converter that made the base and the projectors, as far as they were imported."""
+
+    build: str  # key of the llama.cpp build they are of
+    files: dict[str, Sha256]  # relative to the converter's directory
+
+
 class CalibrationFacts(_Model):
     """The text behind the imatrix."""
 
@@ -363,6 +370,30 @@ class StageRecord(_Model):
     outputs: dict[str, Sha256]  # file -> hash; files of the work directory are named `.work/...`
 
 
+class FileDecision(_Model):
+    """What a newer llama.cpp, or a corrected checkpoint, means for one file, and how that is known.
+
+    `unchanged`: the same bytes; `keys`: the same tensors under another header; `remake`: other tensors; `unknown`:
+    `why` says what is missing to decide.
+    """
+
+    outcome: Literal["unchanged", "keys", "remake", "unknown"]
+    why: str
+    tensors: list[str]  # that change; all of them when it is empty and the file is to be made again
+    keys: list[str]  # of the header, that change
+    sha256: Sha256 | None  # of the file this speaks of; None before it is recorded
+
+
+class RefreshFacts(_Model):
+    """The last comparison of the set with a llama.cpp build: `files` by name, and whether it was carried out."""
+
+    before: BuildFacts  # the build of the set when it was compared
+    build: BuildFacts  # what it was compared with
+    state: Literal["checked", "applying", "applied"]
+    files: dict[SetPath, FileDecision]
+    evidence_builds: list[str]  # keys of builds whose measurements of unchanged files were kept
+
+
 class CardChoices(_Model):
     """What the maintainer chose for the card; kept, so that rendering it again asks for nothing."""
 
@@ -384,6 +415,10 @@ class Manifest(_Model):
     model: ModelFacts
     llama_cpp: BuildFacts
     kernels: KernelFacts | None  # of the fan-out engine; None: not run yet, or of a version that did not record it
+    converter: ConverterFacts | None  # None: of schema 2, which did not record it, not converted yet, or a given base
+    # By key of a build: hash of what its ggml makes of fixed rows, by type; of every build that quantised files here.
+    quantisers: dict[str, dict[str, Sha256]]
+    refresh: RefreshFacts | None  # None: not compared with another build since the last run with another
     calibration: CalibrationFacts | None
     imatrix: ImatrixFacts | None
     stages: dict[str, StageRecord]
@@ -402,6 +437,22 @@ class Manifest(_Model):
     def with_file(self, entry: FileEntry) -> "Manifest":
         """A copy that holds `entry` in the place of any older one of that name."""
         return self.model_copy(update={"files": [*(f for f in self.files if f.name != entry.name), entry]})
+
+    def is_of_build(self, entry: FileEntry, key: str) -> bool:
+        """Whether a build made this file, or was found to make just these bytes."""
+        if entry.build == key:
+            return True
+        done = self.refresh
+        if done is None or done.state != "applied" or done.build.key != key or entry.name not in done.files:
+            return False
+        found = done.files[entry.name]
+        return found.outcome == "unchanged" and found.sha256 == entry.sha256
+
+    def evidence_builds(self, key: str) -> frozenset[str]:
+        """Builds whose measurements count as those of the build with this key: a refresh to it kept them."""
+        done = self.refresh
+        kept = done is not None and done.state != "checked" and done.build.key == key
+        return frozenset(done.evidence_builds) if kept and done is not None else frozenset()
 
     def with_stage(self, name: str, record: StageRecord) -> "Manifest":
         return self.model_copy(update={"stages": {**self.stages, name: record}})
@@ -483,7 +534,14 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
-    return {"kernels": None, "custom_recipes": [], **raw, "schema_version": SCHEMA_VERSION}
+    added: dict[str, Any] = {
+        "kernels": None,
+        "converter": None,
+        "quantisers": {},
+        "refresh": None,
+        "custom_recipes": [],
+    }
+    return {**added, **raw, "schema_version": SCHEMA_VERSION}
 
 
 def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:

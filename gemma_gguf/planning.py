@@ -138,7 +138,7 @@ def _exact_plan(
     state: Run, wanted: Sequence[Recipe], header: gguf_io.Header, given: Path, jobs: int, *, from_placeholder: bool
 ) -> SetPlan:
     made = fitted(state, [recipe for recipe in wanted if not recipe.is_base], header)
-    plans = _plans(state, made, header, given)
+    plans = plans_for(state, made, header, given)
     outputs = outputs_of(state, header, made, plans, given)
     rows: list[PlannedFile] = []
     # What a loop over llama-quantize would take is computed with ggml's speeds, what the fan-out takes with its own.
@@ -182,7 +182,7 @@ def _exact_plan(
     )
 
 
-def _plans(state: Run, made: Sequence[Recipe], header: gguf_io.Header, given: Path) -> dict[str, FilePlan]:
+def plans_for(state: Run, made: Sequence[Recipe], header: gguf_io.Header, given: Path) -> dict[str, FilePlan]:
     """What llama-quantize would write for each recipe with the imatrix `given`."""
     plans: dict[str, FilePlan] = {}
     for done, recipe in enumerate(made):
@@ -279,7 +279,7 @@ def refuse_before_imatrix(state: Run) -> None:
     if sum(most) + max(most) <= room_for(state, []):
         return
     with _imatrix_to_plan_with(state, header, state.options.imatrix) as given:
-        plans = _plans(state, made, header, given)
+        plans = plans_for(state, made, header, given)
         refuse_what_does_not_fit(state, outputs_of(state, header, made, plans, given))
 
 

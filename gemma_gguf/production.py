@@ -10,7 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_gguf import fanout, gguf_io, imatrix, llama_cpp, plan, planning, proof, quantize, recipes, verify
+from gguf.constants import GGML_QUANT_SIZES
+
+from gemma_gguf import (
+    fanout,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    plan,
+    planning,
+    proof,
+    quantisers,
+    quantize,
+    recipes,
+    verify,
+)
 from gemma_gguf.files import link_or_copy, partial_path, replace_durably, sha256_json
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.manifest import FileEntry
@@ -45,7 +59,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     kept: list[Path] = []
     for recipe in wanted:
         name = file_name(state, recipe)
-        key = _quant_key(state, recipe, base_sha, imatrix_sha)
+        key = quant_key(state, recipe, base_sha, imatrix_sha)
         entry = state.manifest.file(name)
         path = state.set_dir / name
         if entry is not None and entry.key == key and entry.remote is not None:
@@ -71,19 +85,30 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     for recipe, key, reason in todo:
         if recipe.is_base:
             _link_base_row(state, recipe, key, reason)
-    made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
+    made = [Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
     if state.options.proves and (not made or (kept and state.take_away is not None)):
         proof.prove_run(state, again=False)
     if kept:
         # An earlier run ended before these were taken away, and there may be no room for more beside them.
         take_away(state, kept)
     if made:
+        _hash_quantisers(state, [item.plan for item in made])
         inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
         for finished in _make(state, header, made, inputs):
             take_away(state, finished)
 
 
-def _quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
+def _hash_quantisers(state: Run, plans: Sequence[FilePlan]) -> None:
+    """Record what this build's quantisers make of fixed rows: a later build is compared with it."""
+    used = {t.target for asked in plans for t in asked.tensors if t.is_quantized and GGML_QUANT_SIZES[t.target][0] > 1}
+    known = quantisers.hashes(state.build, [kind.name for kind in used], state.progress)
+    mine = {kind.name: known[kind.name] for kind in used}
+    every = state.manifest.quantisers
+    mine = dict(sorted({**every.get(state.build.key, {}), **mine}.items()))
+    state.record(state.manifest.model_copy(update={"quantisers": {**every, state.build.key: mine}}))
+
+
+def quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
     """Hash of everything a quant's bytes depend on."""
     return sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
 
@@ -96,7 +121,7 @@ def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -
     kept: list[FileEntry] = []
     for entry in state.manifest.files:
         stale = entry.kind == "model" and entry.recipe not in wanted
-        if stale and entry.key != _quant_key(state, entry.as_recipe(), base_sha, imatrix_sha):
+        if stale and entry.key != quant_key(state, entry.as_recipe(), base_sha, imatrix_sha):
             why = "made from another base, imatrix or build: left out of the set"
             state.did(Done("quantize", entry.name, False, why, 0.0))
         else:
@@ -106,7 +131,7 @@ def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -
 
 
 @dataclass(frozen=True)
-class _Todo:
+class Todo:
     """One quant to be made: its recipe, its key, why it is made, and the plans of all recipes."""
 
     recipe: Recipe
@@ -119,7 +144,7 @@ class _Todo:
         return self.plans[self.recipe.name]
 
 
-def _make(state: Run, header: gguf_io.Header, made: Sequence[_Todo], inputs: str) -> Iterator[list[Path]]:
+def _make(state: Run, header: gguf_io.Header, made: Sequence[Todo], inputs: str) -> Iterator[list[Path]]:
     """All quants, at once or in the waves in which someone takes them away; yields the files of each."""
     listed = planning.outputs_of(
         state, header, [item.recipe for item in made], made[0].plans, state.set_dir / imatrix.file_name(state.stem)
@@ -170,17 +195,19 @@ def _link_base_row(state: Run, recipe: Recipe, key: str, why: str) -> None:
     state.did(Done("quantize", final.name, True, why, time.monotonic() - started, entry.n_bytes))
 
 
-def _loop_once(state: Run, item: _Todo) -> None:
+def _loop_once(state: Run, item: Todo) -> None:
     """Make one file with llama-quantize."""
     partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
     argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, state.options.threads)
     run = quantize.run_llama_quantize(
         argv, f"quantising {item.recipe.name}", cwd=state.set_dir, log=state.log, progress=state.progress
     )
-    _accept(state, item, partial, argv, run.seconds)
+    accept(state, item, partial, argv, run.seconds)
 
 
-def _accept(state: Run, item: _Todo, partial: Path, argv: Sequence[str], seconds: float) -> None:
+def accept(
+    state: Run, item: Todo, partial: Path, argv: Sequence[str], seconds: float, *, stage: str = "quantize"
+) -> None:
     """Verify a finished partial file, give it its name, and record it."""
     started = time.monotonic()
     final = state.set_dir / file_name(state, item.recipe)
@@ -199,13 +226,13 @@ def _accept(state: Run, item: _Todo, partial: Path, argv: Sequence[str], seconds
     state.memory.moved(partial, final)
     state.record(state.manifest.with_file(entry))
     took = seconds + time.monotonic() - started
-    state.did(Done("quantize", final.name, True, item.why, took, entry.n_bytes))
+    state.did(Done(stage, final.name, True, item.why, took, entry.n_bytes))
 
 
 def _fan_out(
     state: Run,
     header: gguf_io.Header,
-    made: Sequence[_Todo],
+    made: Sequence[Todo],
     outputs: Sequence[fanout.Output],
     *,
     inputs: str,
@@ -235,10 +262,10 @@ def _fan_out(
         state.log.note(f"fan-out: {len(done)} of {len(job['tasks'])} tasks were done by an earlier run")
     by_recipe = {item.recipe.name: (item, output.partial) for item, output in zip(made, outputs, strict=True)}
 
-    def accept(recipe: str) -> None:
+    def accept_output(recipe: str) -> None:
         item, partial = by_recipe[recipe]
         argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, options.threads)
-        _accept(state, item, partial, argv, time.monotonic() - started)
+        accept(state, item, partial, argv, time.monotonic() - started)
 
     figures = fanout.run(
         job_path,
@@ -251,7 +278,7 @@ def _fan_out(
         ),
         jobs=jobs,
         costs=fanout.task_costs(fanout.load_job(job_path), speeds),
-        on_output=accept,
+        on_output=accept_output,
         on_stop=lambda: llama_cpp.end_leftovers(state.log),
         progress=state.progress,
     )

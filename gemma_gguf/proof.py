@@ -22,6 +22,7 @@ from gemma_gguf import (
 )
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import (
+    PARTIAL,
     link_or_copy,
     sha256_file,
     sha256_json,
@@ -38,15 +39,17 @@ from gemma_gguf.session import (
 )
 
 
-def reference_argv(build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None) -> list[str]:
+def reference_argv(
+    build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None, *, base: Path | None = None
+) -> list[str]:
     """The command line that makes a file of a set with llama-quantize, run in the set's directory.
 
-    The base lies in the work directory; it is named by a relative path, so no key tells of this machine.
+    The base lies in the work directory, unless another is given; no key of the file holds its name.
     """
     return quantize.quantize_argv(
         build,
         recipe,
-        f"../{WORK}/{stem}/{convert.base_name(stem)}",
+        str(base.resolve()) if base is not None else f"../{WORK}/{stem}/{convert.base_name(stem)}",
         f"../{WORK}/{stem}/{out.name}",
         imatrix=imatrix.file_name(stem),
         threads=threads,
@@ -70,7 +73,14 @@ def prove_run(state: Run, *, again: bool) -> None:
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
     started = time.monotonic()
     try:
-        _compare_with_reference(state.build, state.set_dir, entry, log=state.log, progress=state.progress)
+        compare_with_reference(
+            state.build,
+            state.set_dir,
+            state.set_dir / entry.name,
+            entry.as_recipe(),
+            log=state.log,
+            progress=state.progress,
+        )
     except VerificationError:
         for bad in made.values():
             (state.set_dir / bad.name).unlink(missing_ok=True)
@@ -85,15 +95,24 @@ def prove_run(state: Run, *, again: bool) -> None:
     state.did(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
 
 
-def _compare_with_reference(build: Build, set_dir: Path, entry: FileEntry, *, log: RunLog, progress: Progress) -> None:
-    """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file."""
-    name, recipe = entry.name, entry.as_recipe()
-    stem = name.removesuffix(f"-{recipe.name}.gguf")
+def compare_with_reference(
+    build: Build,
+    set_dir: Path,
+    made: Path,
+    recipe: Recipe,
+    *,
+    base: Path | None = None,
+    log: RunLog,
+    progress: Progress,
+) -> None:
+    """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file as `made`,
+    which has its final or its partial name."""
+    stem = made.name.replace(PARTIAL, "").removesuffix(f"-{recipe.name}.gguf")
     reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
-    argv = reference_argv(build, stem, recipe, reference, None)
+    argv = reference_argv(build, stem, recipe, reference, None, base=base)
     try:
         quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
-        verify.compare(set_dir / name, reference)
+        verify.compare(made, reference)
     finally:
         reference.unlink(missing_ok=True)
 
@@ -128,7 +147,7 @@ def prove_set(
             next_step="Make the set with: gemma-gguf run MODEL",
         )
     build = llama_cpp.build(spec, backend=backend, extra_cmake_args=cmake_args, wait=wait, progress=progress)
-    if (other := next((e for e in made if e.build != build.key), None)) is not None:
+    if (other := next((e for e in made if not facts.is_of_build(e, build.key)), None)) is not None:
         raise BadInputError(
             f"{other.name} was not made by this build of {build.source}",
             next_step="Name the build the set was made with: --llama-cpp, --backend.",
@@ -138,7 +157,8 @@ def prove_set(
         count = min(sample or len(made), len(made))
         for entry in (made[i * len(made) // count] for i in range(count)):
             begun = time.monotonic()
-            _compare_with_reference(build, set_dir, entry, log=log, progress=progress)
+            made_by_us = set_dir / entry.name
+            compare_with_reference(build, set_dir, made_by_us, entry.as_recipe(), log=log, progress=progress)
             took = time.monotonic() - begun
             say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
             compared.append(str(entry.recipe))

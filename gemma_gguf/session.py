@@ -51,6 +51,7 @@ from gemma_gguf.recipes import Recipe
 
 WORK = ".work"
 ENGINES = ("fanout", "llama-quantize")
+CHECKPOINT = "checkpoint.json"  # in a set's work directory: where its local checkpoint was
 STAGES = ("convert", "imatrix", "quantize", "evaluate", "card")
 
 
@@ -329,6 +330,8 @@ def open_run(
         found = source.fetch(name, work, memory, progress)
         if not options.mmproj:  # then this is a set of a model that reads
             found = replace(found, facts=found.facts.model_copy(update={"vision": False, "audio": False}))
+        if name.location is not None:  # `refresh` looks for the checkpoint there; a manifest names no place
+            write_atomic(work / CHECKPOINT, json.dumps({"path": str(name.location)}) + "\n")
         state = Run(
             options=options,
             build=build,
@@ -357,6 +360,46 @@ def open_run(
 
 
 @contextlib.contextmanager
+def open_set(
+    set_dir: Path, options: Options, build: Build, *, progress: Progress, say: Callable[[Done], None]
+) -> Iterator[Run]:
+    """A finished set under a build, with neither its checkpoint nor its build's facts taken over: for `refresh`.
+
+    The checkpoint's facts are the manifest's own.
+    """
+    facts = manifest.load(set_dir)
+    set_dir, work = set_dir.resolve(), set_dir.resolve().parent / WORK / facts.stem
+    with open_work(work, "refresh", wait=options.wait) as log:
+        memory = HashMemory(work / "hashes.json", rehash=options.rehash)
+        facts = manifest.load(set_dir)  # as it is now that nobody else can change it
+        model = facts.model
+        name = source.ModelName(model.origin, model.org, model.model, revision=model.revision)
+        if name.stem != facts.stem:
+            name = replace(name, naming="model")
+        try:
+            yield Run(
+                options=options,
+                build=build,
+                source=source.Source(name, work, facts.model),
+                set_dir=set_dir,
+                work=work,
+                log=log,
+                memory=memory,
+                report=Report(set_dir, log.path, options.engine),
+                progress=progress,
+                say=say,
+                take_away=None,
+                manifest=facts,
+            )
+        except GemmaGGUFError as error:
+            log.note(f"ended: {error.what}")
+            error.log = error.log or log.path
+            raise
+        finally:
+            memory.save()
+
+
+@contextlib.contextmanager
 def open_work(work: Path, what: str = "", *, wait: bool) -> Iterator[RunLog]:
     """Hold the work directory of a set, which is named after its stem, with a log of its own; `what` ends its name.
 
@@ -374,7 +417,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         "tool_version": gemma_gguf.__version__,
         "stem": name.stem,
         "model": found.facts,
-        "llama_cpp": _build_facts(build),
+        "llama_cpp": build_facts(build),
     }
     wanted = known_recipes(options.recipes, options.custom)
     asked = [recipe.name for recipe in wanted]
@@ -387,6 +430,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         old = manifest.load(set_dir)
         # A manifest never names a local file that is not there.
         facts["card"] = options.card.chosen(old.card, name.stem)
+        # A comparison with another build tells of a set that this run changes.
+        if old.refresh is not None and (old.refresh.state != "applied" or old.refresh.build.key != build.key):
+            facts["refresh"] = None
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
             facts |= {"recipes": asked, "custom_recipes": own}
         kept = [entry for entry in old.files if entry.remote or (set_dir / entry.name).is_file()]
@@ -394,6 +440,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         kernels=None,
+        converter=None,
+        quantisers={},
+        refresh=None,
         calibration=None,
         imatrix=None,
         stages={},
@@ -409,7 +458,8 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
     )
 
 
-def _build_facts(build: Build) -> BuildFacts:
+def build_facts(build: Build) -> BuildFacts:
+    """What a manifest says of a build."""
     # A directory's path is this machine's business; its name and hash are what others can use.
     kind, _, place = build.source.partition(":")
     return BuildFacts(

@@ -131,10 +131,15 @@ def is_hub_id(repo: str) -> bool:
     return True
 
 
-def fetch(name: ModelName, work: Path, memory: HashMemory, progress: Progress = silent) -> Source:
-    """Have the checkpoint on this disk and read its facts. `work` is where the demo is rebuilt."""
+def fetch(
+    name: ModelName, work: Path, memory: HashMemory, progress: Progress = silent, *, download: bool = True
+) -> Source:
+    """Have the checkpoint on this disk and read its facts. `work` is where the demo is rebuilt.
+
+    Without `download` a hub model must be in the hub's cache already.
+    """
     if name.origin == "hub":
-        path, commit = _download(name)
+        path, commit = _download(name) if download else _downloaded(name)
     elif name.origin == "demo":
         path, commit = _demo(work / "demo", progress), None
     else:
@@ -236,6 +241,16 @@ def _download(name: ModelName) -> tuple[Path, str]:
         commit, sizes = _listing(repo, name.revision)
         _configuration(repo, commit, sizes)
         return _snapshot(repo, commit, [file for file in sizes if _is_needed(file)]), commit
+
+
+def _downloaded(name: ModelName) -> tuple[Path, str]:
+    """(snapshot directory, commit) of a hub model that was downloaded before."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, and only the hub needs it
+
+    repo = f"{name.org}/{name.model}"
+    with _hub_errors(repo, name.revision):
+        path = Path(snapshot_download(repo, revision=name.revision, local_files_only=True))
+    return path, path.name
 
 
 def _snapshot(repo: str, commit: str, files: Iterable[str]) -> Path:

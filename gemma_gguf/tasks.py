@@ -198,6 +198,46 @@ def _quantize(
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+@dataclass(frozen=True)
+class RowsChecked:
+    """Rows of one tensor quantised again: how many, and which outputs of the job hold other bytes for them."""
+
+    tensor: int
+    n_rows: int
+    differing: tuple[int, ...]
+
+
+def check_rows(job_path: str, identity: str, tensor_index: int, rows: tuple[int, ...]) -> RowsChecked:
+    """Quantise some rows of a tensor and compare them with what the job's outputs hold there; writes nothing.
+
+    The outputs are finished files, of this build or another.
+    """
+    context = _context(job_path, identity)
+    tensor = context.job["tensors"][tensor_index]
+    source = GGMLQuantizationType[tensor["type"]]
+    row_bytes = tensor["row_bytes"]
+    differing: set[int] = set()
+    n_compared = 0
+    for row in rows:
+        raw = np.empty((1, row_bytes), dtype=np.uint8)
+        _read_all(context.base, raw, tensor["offset"] + row * row_bytes)
+        for target in tensor["targets"]:
+            kind = GGMLQuantizationType[target["type"]]
+            context.busy_with(f"{tensor['name']} as {kind.name}")
+            made = raw.reshape(-1)
+            if kind is not source:
+                made = _quantize(context, tensor, context.ggml.widen(raw, source), kind, row)
+            for output, place in target["places"]:
+                held = np.empty(made.size, dtype=np.uint8)
+                with Path(context.job["outputs"][output]).open("rb") as file:
+                    _read_all(file.fileno(), held, place + row * target["row_bytes"])
+                n_compared += 1
+                if not np.array_equal(made, held):
+                    differing.add(output)
+    context.busy_with("")
+    return RowsChecked(tensor_index, n_compared, tuple(sorted(differing)))
+
+
 def _read_all(descriptor: int, into: npt.NDArray[np.uint8], offset: int) -> None:
     view = into.reshape(-1).data
     while view:

@@ -10,6 +10,7 @@ from gemma_gguf.manifest import (
     Checks,
     ContextFacts,
     ContextMemory,
+    ConverterFacts,
     Coverage,
     Evidence,
     FileEntry,
@@ -249,6 +250,14 @@ def example() -> Manifest:
             off={"IQ4_NL": "12 of 3456 bytes are not ggml's (ordinary weights)"},
             why_none=None,
         ),
+        converter=ConverterFacts(
+            build=BUILD,
+            files={
+                name: sha(name) for name in ("convert_hf_to_gguf.py", "conversion/gemma.py", "gguf-py/gguf/vocab.py")
+            },
+        ),
+        quantisers={BUILD: {kind: sha(f"rows of {kind}") for kind in ("Q8_0", "Q4_K", "Q6_K")}},
+        refresh=None,
         calibration=CalibrationFacts(
             name="default", source="texts of this repository", n_bytes=262144, sha256=sha("calibration")
         ),

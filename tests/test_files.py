@@ -621,3 +621,31 @@ def test_one_process_cannot_take_a_lock_twice(tmp_path: Path) -> None:
         with pytest.raises(BusyError) as caught, locked(tmp_path, "the set m"):
             pytest.fail("the lock was given twice")
         assert f"process {os.getpid()} on {socket.gethostname()}" in caught.value.what
+
+
+# --- copied ranges ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "refused", [None, errno.EXDEV, errno.ENOSYS], ids=["by the kernel", "across disks", "not there"]
+)
+def test_write_from_puts_a_range_behind_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int | None
+) -> None:
+    if refused is not None:
+
+        def copy_file_range(*_: object) -> int:
+            raise OSError(refused, "refused")
+
+        monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 300)
+    files.write_from(target, b"head", source, 100, 70_000)
+    assert target.read_bytes() == b"head" + source.read_bytes()[100:70_100]
+
+
+def test_write_from_needs_the_whole_range(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"0123456789")
+    with pytest.raises(DiskError, match="ends at byte 10, 2 bytes more were expected"):
+        files.write_from(tmp_path / "target", b"head", source, 4, 8)

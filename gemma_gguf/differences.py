@@ -1,0 +1,410 @@
+"""What a build, or a corrected checkpoint, changes in a finished set, found out without making it again.
+
+Consumes a `Run` of a finished set under a build, produces `Seen`: a decision for every file, and what carrying it out
+needs. llama-quantize is asked for its plans, quantisers are compared by their hashes, sampled rows of these very files
+are quantised again, headers are compared with those that would be written; the converter's files are compared, and
+where those or the checkpoint's differ the checkpoint is converted once more and compared with what the set has.
+Nothing in the set's directory changes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+
+from gemma_gguf import (
+    convert,
+    fanout,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    manifest,
+    planning,
+    quantisers,
+    quantize,
+    session,
+    source,
+    stale,
+    tasks,
+)
+from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError, ToolFailedError
+from gemma_gguf.files import sha256_bytes, sha256_file, write_atomic
+from gemma_gguf.gguf_io import Header
+from gemma_gguf.llama_cpp import Build
+from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry
+from gemma_gguf.plan import FilePlan
+from gemma_gguf.recipes import Recipe
+from gemma_gguf.session import CHECKPOINT, WORK, Run
+
+ROWS_PER_EXPERT = 3
+EXPERTS = 3  # of a tensor whose rows are sampled
+COMPARED_BYTES = 1 << 26  # of two bases at a time
+
+
+@dataclass
+class Seen:
+    """What was found out about a set, and what carrying it out needs."""
+
+    decisions: dict[str, FileDecision]
+    checkpoint: source.Source | None = None
+    converted: dict[str, convert.Converted] = field(default_factory=dict)  # again, by final name
+    converted_by: ConverterFacts | None = None  # when the checkpoint was converted again, whatever came of it
+    base: Path | None = None  # as the build converts it
+    outputs: dict[str, fanout.Output] = field(default_factory=dict)  # as the build would write them, by file name
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by file name
+
+
+def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> Seen:
+    """Decide about every file of the set.
+
+    `model` names its checkpoint where it is not found by itself; `scratch` is for files that are only compared.
+    """
+    checkpoint, why_not = _checkpoint(state, model)
+    seen = Seen({}, checkpoint)
+    conversion = _conversion(state, seen, why_not, scratch)
+    base_file = convert.base_name(state.stem)
+    quants: list[FileEntry] = []
+    for entry in state.manifest.files:
+        problem = problem_with(state, entry)
+        if entry.kind == "mmproj" or (entry.name == base_file and problem is None):
+            seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
+        elif problem is not None and (entry.kind == "imatrix" or conversion.missing is not None):
+            seen.decisions[entry.name] = stale.unknown("; ".join(filter(None, (problem, conversion.missing))))
+        elif problem is not None:
+            seen.decisions[entry.name] = stale.remake(problem)
+        elif entry.kind == "imatrix":
+            kept = "kept; --new-imatrix computes another"
+            new = stale.remake("asked for with --new-imatrix")
+            seen.decisions[entry.name] = new if new_imatrix else stale.unchanged(kept)
+        elif new_imatrix:
+            seen.decisions[entry.name] = stale.remake("a new imatrix was asked for")
+        else:
+            quants.append(entry)
+    if conversion.missing is not None:
+        for entry in quants:
+            seen.decisions[entry.name] = stale.unknown(conversion.missing)
+    elif quants:
+        base = conversion.outputs[base_file] if conversion.outputs is not None else stale.Converted()
+        _look_at_quants(state, seen, quants, set(base.tensors), scratch)
+    seen.decisions = {entry.name: seen.decisions[entry.name] for entry in state.manifest.files}
+    _take_up(state, seen)
+    return seen
+
+
+def _take_up(state: Run, seen: Seen) -> None:
+    """What an interrupted refresh to this build had decided to change stays decided: some of it may be done."""
+    earlier = state.manifest.refresh
+    if earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key:
+        for name, decision in earlier.files.items():
+            now, entry = seen.decisions.get(name), state.manifest.file(name)
+            if now is None or entry is None or decision.outcome not in ("keys", "remake"):
+                continue
+            if now.outcome != "remake" or entry.kind == "mmproj":
+                seen.decisions[name] = decision
+
+
+def problem_with(state: Run, entry: FileEntry) -> str | None:
+    path = state.set_dir / entry.name
+    if not path.is_file():
+        return "the file is missing"
+    if state.memory.sha256(path) != entry.sha256:
+        return f"the file is not the one that {manifest.FILE_NAME} names"
+    return None
+
+
+def _checkpoint(state: Run, model: str | None) -> tuple[source.Source | None, str]:
+    """(the checkpoint, or None, and why it is not at hand). Nothing is downloaded unless --model names it."""
+    facts = state.manifest.model
+    named = f"{facts.org}/{facts.model}"
+    if model is not None:
+        name = source.understand(model, named if Path(model).is_dir() else None)
+        if (name.org, name.model) != (facts.org, facts.model):
+            raise BadInputError(
+                f"{model} is another model than {named}",
+                next_step=f"Name the checkpoint of {named} with --model.",
+            )
+        return source.fetch(name, state.work, state.memory, state.progress), ""
+    name = source.ModelName(facts.origin, facts.org, facts.model, revision=facts.revision)
+    if facts.origin == "local":
+        try:
+            place = Path(json.loads((state.work / CHECKPOINT).read_text())["path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, "where it lies is not known here; --model names it"
+        if not place.is_dir():
+            return None, "its directory is gone; --model names another"
+        name = replace(name, location=place)
+    try:
+        return source.fetch(name, state.work, state.memory, state.progress, download=False), ""
+    except GemmaGGUFError as error:
+        return None, error.what
+
+
+def _conversion(state: Run, seen: Seen, why_not: str, scratch: Path) -> stale.Conversion:
+    """Whether the build converts the checkpoint to the same files; sets `seen.base`, and `seen.converted`."""
+    seen.base = _whole_base(state)
+    stage = state.manifest.stages.get("convert")
+    if seen.base is not None and stage is not None and not stage.argv:
+        return stale.Conversion(same="its base was given, not converted")
+    reasons = _why_convert(state, seen)
+    if not reasons:
+        used = state.manifest.converter
+        assert used is not None
+        how = "converted by this build" if used.build == state.build.key else "same converter"
+        same = f"{how}: the {len(used.files)} files of it that were imported"
+        return stale.Conversion(same=same + (", and the checkpoint's" if seen.checkpoint is not None else ""))
+    because = " and ".join(reasons)
+    if seen.checkpoint is None:
+        return stale.Conversion(missing=f"{because}, and the checkpoint is not at hand: {why_not}")
+    try:
+        made = convert.convert(seen.checkpoint, state.build, scratch, log=state.log, progress=state.progress)
+    except MissingToolError as error:
+        return stale.Conversion(missing=f"{because}, and it cannot be converted again: {error.what}")
+    seen.converted_by = convert.converter_facts(state.build, made)
+    base, base_sha = seen.base, stage.outputs.get(f"{WORK}/{state.base.name}") if stage is not None else None
+    outputs: dict[str, stale.Converted] = {}
+    for one in made:
+        state.progress("comparing what was converted", len(outputs), len(made), "files")
+        is_base = one is made[0]
+        entry = state.manifest.file(one.final_name)
+        whole = entry is not None and problem_with(state, entry) is None
+        there = base if is_base else state.set_dir / one.final_name if whole else None
+        if there is not None:
+            found = compare_files(gguf_io.read_header(there), one.header)
+        elif is_base and sha256_file(one.partial) == base_sha:
+            found = stale.Converted()
+        else:  # there is nothing to compare it with
+            found = stale.Converted(tensors=tuple(one.header.by_name))
+        outputs[one.final_name] = found
+        if found.tensors or found.keys or there is None:
+            seen.converted[one.final_name] = one
+            seen.base = one.partial if is_base else seen.base
+    return stale.Conversion(because=because, outputs=outputs)
+
+
+def _why_convert(state: Run, seen: Seen) -> list[str]:
+    """Why it is not clear that the checkpoint converts to what the set has."""
+    reasons = [] if seen.base is not None else ["there is no whole base"]
+    if seen.checkpoint is not None:
+        old = state.manifest.model.files
+        new = seen.checkpoint.files
+        if other := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+            reasons.append(f"the checkpoint's files changed ({stale.some(other)})")
+    for entry in state.manifest.files:
+        if entry.kind == "mmproj" and (problem := problem_with(state, entry)) is not None:
+            reasons.append(f"{problem}: {entry.name}")
+    used = state.manifest.converter
+    if used is None:
+        reasons.append("which files of the converter made the base was not recorded")
+    elif other := _other_files(used, state.build):
+        reasons.append(f"files of the converter changed ({stale.some(other)})")
+    return reasons
+
+
+def _whole_base(state: Run) -> Path | None:
+    """The base, or the bf16 row, which is the same file, if it is the recorded one."""
+    stage = state.manifest.stages.get("convert")
+    recorded = stage.outputs.get(f"{WORK}/{state.base.name}") if stage is not None else None
+    for path in session.base_places(state.set_dir, state.work, state.stem):
+        if path.is_file() and state.memory.sha256(path) == recorded:
+            return path
+    return None
+
+
+def _other_files(used: ConverterFacts, build: Build) -> list[str]:
+    """Files of the converter that made a base which this build's converter has otherwise, or not at all."""
+    root = build.converter.parent
+    return [
+        name for name, sha256 in used.files.items() if not (root / name).is_file() or sha256_file(root / name) != sha256
+    ]
+
+
+def compare_files(old: Header, new: Header) -> stale.Converted:
+    """Which tensors of two GGUF files differ in place, shape, type or data, and which keys."""
+    tensors: list[str] = []
+    for index, tensor in enumerate(new.tensors):
+        there = old.tensors[index] if index < len(old.tensors) else None
+        row = (tensor.name, tensor.shape, tensor.ggml_type)
+        placed = there is not None and (there.name, there.shape, there.ggml_type) == row
+        if not placed or not _same_data(old, new, tensor.name):
+            tensors.append(tensor.name)
+    tensors += [tensor.name for tensor in old.tensors if tensor.name not in new.by_name]
+    return stale.Converted(tuple(tensors), gguf_io.differing_keys(old.written_again, new.written_again))
+
+
+def _same_data(old: Header, new: Header, name: str) -> bool:
+    one, other = old.by_name[name], new.by_name[name]
+    n_rows = one.n_elements // one.shape[0]
+    step = max(1, COMPARED_BYTES // max(1, one.n_bytes // n_rows))
+    return all(np.array_equal(old.read(one, row, step), new.read(other, row, step)) for row in range(0, n_rows, step))
+
+
+# --- looking at quants ---------------------------------------------------------------------------------------------
+
+
+def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], changed: set[str], scratch: Path) -> None:
+    """Decide about quants by the plans of the build's llama-quantize, its quantisers, sampled rows and headers."""
+    assert seen.base is not None
+    given = state.set_dir / imatrix.file_name(state.stem)
+    base = gguf_io.read_header(seen.base)
+    for entry in entries:
+        recipe = entry.as_recipe()
+        if recipe.ftype in state.offered:
+            seen.recipes[entry.name] = recipe
+        else:
+            seen.decisions[entry.name] = stale.unknown(f"this build's llama-quantize does not offer {recipe.ftype}")
+    entries = [entry for entry in entries if entry.name in seen.recipes]
+    if not given.is_file():
+        for entry in entries:
+            seen.decisions[entry.name] = stale.unknown("the imatrix that llama-quantize needs to plan is missing")
+        return
+    made = [seen.recipes[entry.name] for entry in entries]
+    plans = planning.plans_for(state, made, base, given)
+    expected = planning.outputs_of(state, base, made, plans, given)
+    held = {entry.name: gguf_io.read_header(state.set_dir / entry.name) for entry in entries}
+    retyped = {entry.name: _retyped(plans[str(entry.recipe)], held[entry.name]) for entry in entries}
+    seen.outputs = dict(zip((entry.name for entry in entries), expected, strict=True))
+    planned_alike = [name for name, tensors in retyped.items() if not tensors]
+    rows = _sample(
+        state,
+        base,
+        planned_alike,
+        outputs=seen.outputs,
+        held=held,
+        changed=changed,
+        given=given,
+        scratch=scratch,
+    )
+    numbers = quantize.ftype_numbers(state.build, state.log)
+    imatrix_header = gguf_io.read_header(given)
+    for entry in entries:
+        recipe, output = seen.recipes[entry.name], seen.outputs[entry.name]
+        types = _quantised_types(output.plan)
+        other, unhashed = _other_quantisers(state, entry, types)
+        keys: tuple[str, ...] = ()
+        if not is_head(held[entry.name], output.header.data):
+            values = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
+            wanted = gguf_io.derived_keys(base, values, fanout.REMOVED_KEYS)
+            keys = gguf_io.differing_keys(held[entry.name].written_again, wanted) or tuple(wanted)
+        differing, n_rows = rows.get(entry.name, ((), 0))
+        seen.decisions[entry.name] = stale.decide_quant(
+            stale.Quant(
+                retyped=retyped[entry.name],
+                source=tuple(tensor.name for tensor in output.plan.tensors if tensor.name in changed),
+                types=types,
+                other_types=other,
+                unhashed=unhashed,
+                rows=differing,
+                n_rows=n_rows,
+                keys=keys,
+            )
+        )
+
+
+def _retyped(asked: FilePlan, held: Header) -> tuple[str, ...]:
+    """Tensors that the plan gives another type or place than the file has."""
+    places = {tensor.name: (index, tensor.ggml_type) for index, tensor in enumerate(held.tensors)}
+    wanted = [t.name for index, t in enumerate(asked.tensors) if places.get(t.name) != (index, t.target)]
+    planned = {tensor.name for tensor in asked.tensors}
+    return (*wanted, *(name for name in places if name not in planned))
+
+
+def _quantised_types(asked: FilePlan) -> dict[str, list[str]]:
+    """{ggml type: tensors} of what a quantiser computes; floats are copied or rounded."""
+    types: dict[str, list[str]] = {}
+    for tensor in asked.tensors:
+        if tensor.is_quantized and GGML_QUANT_SIZES[tensor.target][0] > 1:
+            types.setdefault(tensor.target.name, []).append(tensor.name)
+    return types
+
+
+def _other_quantisers(
+    state: Run, entry: FileEntry, types: Mapping[str, Sequence[str]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(types whose quantiser writes other bytes of fixed rows than the one that made the file, types that nobody
+    hashed then)."""
+    if state.manifest.is_of_build(entry, state.build.key):
+        return (), ()
+    old = state.manifest.quantisers.get(entry.build, {}) | quantisers.recorded(entry.build)
+    if set(types) - set(old) and (made_by := llama_cpp.find_build(entry.build)) is not None:
+        old = quantisers.hashes(made_by, list(types), state.progress)
+    new = quantisers.hashes(state.build, list(types), state.progress)
+    unhashed = tuple(sorted(name for name in types if name not in old))
+    return tuple(sorted(name for name in types if name in old and old[name] != new[name])), unhashed
+
+
+def is_head(held: Header, expected: bytes) -> bool:
+    with held.path.open("rb") as file:
+        return held.data_start == len(expected) and file.read(len(expected)) == expected
+
+
+def sampled_rows(n_rows: int, rows_per_expert: int) -> tuple[int, ...]:
+    """First, middle and last row of the first, the middle and the last expert; a dense tensor is one expert."""
+    n_experts = max(1, n_rows // rows_per_expert)
+    chosen = sorted({expert * (n_experts - 1) // max(1, EXPERTS - 1) for expert in range(EXPERTS)})
+    inside = sorted({row * (rows_per_expert - 1) // (ROWS_PER_EXPERT - 1) for row in range(ROWS_PER_EXPERT)})
+    return tuple(expert * rows_per_expert + row for expert in chosen for row in inside)
+
+
+def _sample(
+    state: Run,
+    base: Header,
+    names: Sequence[str],
+    *,
+    outputs: Mapping[str, fanout.Output],
+    held: Mapping[str, Header],
+    changed: set[str],
+    given: Path,
+    scratch: Path,
+) -> dict[str, tuple[tuple[str, ...], int]]:
+    """{file: (tensors of which a sampled row comes out otherwise, rows compared)}, by worker processes of the build.
+
+    Each (tensor, row, type) is quantised once for all files that hold it, from the base and with the set's imatrix.
+    """
+    if not names:
+        return {}
+    as_they_are = [
+        replace(
+            outputs[name],
+            partial=held[name].path,
+            header=gguf_io.NewHeader(b"", tuple(t.offset for t in held[name].tensors), held[name].file_size),
+        )
+        for name in names
+    ]
+    job = fanout.build_job(
+        base,
+        as_they_are,
+        imatrix=given,
+        bin_dir=state.build.bin_dir,
+        inputs="",
+        phase_of=dict.fromkeys((output.recipe for output in as_they_are), 0),
+    )
+    tensors = job["tensors"]
+    job_path = scratch / "rows.json"
+    text = json.dumps({**job, "tasks": []})
+    write_atomic(job_path, text)
+    differing: dict[str, list[str]] = {name: [] for name in names}
+    n_rows = dict.fromkeys(names, 0)
+    try:
+        with fanout.local_executor(fanout.workers_for(state.options.jobs, fanout.MAX_MEMORY), scratch) as pool:
+            answers = []
+            for index, tensor in enumerate(tensors):
+                if tensor["name"] not in changed:
+                    rows = sampled_rows(tensor["rows"], tensor["rows_per_expert"])
+                    answers.append(
+                        pool.submit(tasks.check_rows, str(job_path), sha256_bytes(text.encode()), index, rows)
+                    )
+                    for name in names:
+                        n_rows[name] += len(rows)
+            for done, answer in enumerate(answers):
+                state.progress("quantising sampled rows again", done, len(answers), "tensors")
+                for output in answer.result().differing:
+                    differing[names[output]].append(tensors[answer.result().tensor]["name"])
+    except BrokenProcessPool as error:
+        crashed = tasks.clear_slots(scratch)
+        at = f" at {crashed[0]}" if crashed else ""
+        raise ToolFailedError(f"a worker process of {state.build.source} died{at}", log=state.log.path) from error
+    return {name: (tuple(differing[name]), n_rows[name]) for name in names}
