@@ -268,7 +268,7 @@ _AUDIO4 = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [16, 8],
+    "subsampling_conv_channels": [128, 8],  # the first stands for the 128 mel bins
     "output_proj_dims": 96,
 }
 
@@ -318,7 +318,7 @@ def _gemma4_unified(n_vocab: int) -> tuple[Any, Any]:
 
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1)
     vision = {"patch_size": 4, "mm_embed_dim": 256, "mm_posemb_size": 16, "output_proj_dims": 256}
-    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 64})
+    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 640})
     return _seeded_model(hf.Gemma4UnifiedForConditionalGeneration(config))
 
 
