@@ -127,7 +127,18 @@ def _gemma3(n_vocab: int) -> tuple[Any, Any]:
         "vision_use_head": False,
     }
     config = hf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
-    return _seeded_model(hf.Gemma3ForConditionalGeneration(config))
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    # Names of Google's files. The converter of 0.3.36 does not know those that transformers 5.23 gives the tower.
+    published = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, values in _seeded(hf.Gemma3ForConditionalGeneration(config)).items():
+        root = next((root for root in published if name.startswith(root)), None)
+        tensors[name if root is None else published[root] + name.removeprefix(root)] = values
+    return config, tensors
 
 
 def _gemma3n_text_config(n_vocab: int) -> Any:
@@ -257,7 +268,7 @@ _AUDIO4 = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [16, 8],
+    "subsampling_conv_channels": [128, 8],  # the first stands for the 128 mel bins
     "output_proj_dims": 96,
 }
 
@@ -307,7 +318,7 @@ def _gemma4_unified(n_vocab: int) -> tuple[Any, Any]:
 
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1)
     vision = {"patch_size": 4, "mm_embed_dim": 256, "mm_posemb_size": 16, "output_proj_dims": 256}
-    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 64})
+    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 640})
     return _seeded_model(hf.Gemma4UnifiedForConditionalGeneration(config))
 
 

@@ -72,6 +72,19 @@ def base(tmp_path: Path) -> Header:
 # --- read ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("counts", "n_chunks"),
+    [({}, 8), ({DOWN: 8192}, 4), ({Q: 0}, 8), ({EXPERTS: 10}, 8)],
+    ids=["once", "twice", "queries-unseen", "experts-seen-less"],
+)
+def test_chunks_are_those_of_text(counts: dict[str, int], n_chunks: int, tmp_path: Path) -> None:
+    """llama-imatrix counts by the tensor that was used most; some of Gemma 3n's are used twice for every token."""
+    tensors = _tensors()
+    for name, count in counts.items():
+        tensors[f"{name}.counts"][...] = count
+    assert imatrix.read(_write(tmp_path / "i.gguf", METADATA, tensors)).n_chunks == n_chunks
+
+
 def test_read(good: Path) -> None:
     read = imatrix.read(good)
     assert (read.path, read.n_chunks, read.chunk_size) == (good, 8, 512)
