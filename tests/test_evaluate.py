@@ -489,16 +489,6 @@ def test_a_quant_stands_in_for_the_base(build: Build, few: Path) -> None:
     assert facts.stages["evaluate"].argv[0][-4:] == ["--from", "q8_0", "--threads", "1"]
 
 
-def test_a_model_without_logits_says_so(build: Build, few: Path) -> None:
-    assert build.key
-    facts = manifest.load(few)
-    embedding = facts.model.model_copy(update={"gguf_arch": "gemma-embedding"})
-    manifest.save(facts.model_copy(update={"model": embedding}), few)
-    said: list[Done] = []
-    assert evidence.evaluate_set(few, Measuring(), say=said.append).evidence == {}
-    assert [(done.name, done.made, done.why) for done in said] == [("quality", False, "this model has no logits")]
-
-
 def test_a_text_that_is_too_short(build: Build, finished: Report, log: RunLog, tmp_path: Path) -> None:
     material = evaluate.plain_material(Text("t", "t", b"A few words."))
     base = finished.set_dir / f"{STEM}-bf16.gguf"
