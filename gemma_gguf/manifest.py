@@ -237,8 +237,8 @@ class CustomRecipe(_Model):
 class Measured(_Model):
     """A measured number with its standard error; `se` is None where one cannot be given."""
 
-    value: float
-    se: float | None
+    value: Annotated[float, Field(gt=-1e100, lt=1e100)]  # far from what a float holds: a card multiplies by 100
+    se: Annotated[float, Field(ge=0, lt=1e100)] | None
 
 
 class Quality(_Model):

@@ -98,7 +98,7 @@ def plus_minus(measured: Measured, *, factor: float = 1.0, unit: str = "", signe
     """A number with its standard error to two digits of the error: `1.234 ± 0.012 %`, broken before the sign only."""
     value, sign = measured.value * factor, "+" if signed else ""
     tail = f"\u00a0{unit}" if unit else ""
-    if not measured.se:  # zero: the number is what it is; None: nobody knows how far it is off
+    if not measured.se or measured.se < 1e-300:  # zero: the number is what it is; None: nobody knows how far it is off
         shown = f"{value:{sign}.3g}" if value else "0"
         return f"{shown}{tail}" if measured.se is not None else f"{shown} ±\u00a0?{tail}"
     se = measured.se * factor
@@ -179,7 +179,7 @@ def comparable(one: Closeness, other: Closeness) -> bool:
 def difference(one: Measured, other: Measured) -> Measured:
     """one - other, with the standard error of independent measurements."""
     se = None if one.se is None or other.se is None else math.hypot(one.se, other.se)
-    return Measured(value=one.value - other.value, se=se)
+    return Measured.model_construct(value=one.value - other.value, se=se)  # may leave the bounds of what is recorded
 
 
 def is_shown(measured: Measured) -> bool:

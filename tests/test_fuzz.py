@@ -100,6 +100,11 @@ def _manifest(place: str, token: str) -> bytes:
     return json.dumps(raw).replace('"@@"', token).encode()
 
 
+def _measured(token: str) -> bytes:
+    """The example's JSON with `token` as the standard error of a divergence."""
+    return _manifest(f"evidence.{examples.sha(f'{examples.STEM}-Q4_K_M.gguf')}.quality.kld.se", token)
+
+
 def _aliases() -> str:
     lines = (f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(12))
     return "\n".join(["a0: &a0 [x]", *lines])
@@ -120,6 +125,11 @@ FOUND = {
     "manifest: 300 lists in each other": Found(
         "manifest", _manifest("model.front_matter.language", NESTED), r"quantset\.json"
     ),
+    "manifest: an error below zero": Found(
+        "manifest", _measured("-0.5"), r"kld\.se: Input should be greater than or equal"
+    ),
+    "manifest: an error of 1e308": Found("manifest", _measured("1e308"), r"kld\.se: Input should be less than"),
+    "manifest: an error of 5e-324": Found("manifest", _measured("5e-324"), "^$"),
     "manifest: 10^400 bytes": Found("manifest", _manifest("files.3.n_bytes", "1" + "0" * 400), r"files\.3\.n_bytes"),
     "manifest: a sum of 4301 digits": Found(
         "manifest", _manifest("files.3.fallbacks", json.dumps({"a": WHOLE_NUMBER, "b": WHOLE_NUMBER})), "fallbacks"
