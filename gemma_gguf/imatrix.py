@@ -218,8 +218,6 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
     `needed` are the tensors that will be quantised by it, `n_chunks` how many chunks it must have seen. Raises
     `VerificationError` that names the first offending tensors.
     """
-    if n_chunks is not None and imatrix.n_chunks != n_chunks:
-        raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
     for name, entry in imatrix.entries.items():
         tensor = base.by_name.get(name)
         experts = tensor.shape[2] if tensor is not None and len(tensor.shape) > 2 else 1
@@ -233,6 +231,9 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
             raise VerificationError(
                 f"{imatrix.path} holds NaN or Inf for {name}", next_step="Compute it again: leave --imatrix out."
             )
+    # After the numbers themselves: chunks are counted by them.
+    if n_chunks is not None and imatrix.n_chunks != n_chunks:
+        raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
     missing = [name for name in needed if name not in imatrix.entries or not imatrix.entries[name].counts.any()]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
