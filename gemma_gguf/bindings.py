@@ -228,18 +228,31 @@ def _token_ids(llama_cpp: Any, vocab: Any, data: bytes, *, add_special: bool, pa
     return list(buffer[:count])
 
 
+# How llama.cpp reads header and vocabulary alone, allocating nothing; 0 is LLAMA_LOAD_MODE_NONE.
+HEADER_ONLY: Settings = {"no_alloc": True, "load_mode": 0, "n_gpu_layers": 0}
+
+
+def _model(path: str, **how: Any) -> Any:
+    """A loaded model, with these of llama.cpp's `llama_model_params` other than the default."""
+    import llama_cpp  # noqa: PLC0415
+
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    for name, value in how.items():
+        setattr(params, name, value)
+    model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {path}")
+    return model
+
+
 @contextlib.contextmanager
 def _loaded(path: str, settings: Settings) -> Iterator[_Forward]:
     """A model as llama.cpp's own tools load it, with a context of one chunk."""
     import llama_cpp  # noqa: PLC0415
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    llama_cpp.llama_backend_init()
-    wanted = llama_cpp.llama_model_default_params()
-    wanted.n_gpu_layers = settings["gpu_layers"]
-    model = llama_cpp.llama_model_load_from_file(path.encode(), wanted)
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
+    model = _model(path, n_gpu_layers=settings["gpu_layers"])
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = settings["chunk_size"]
     params.swa_full = False  # as llama.cpp's tools have it
@@ -270,12 +283,10 @@ def contexts(model: str, _text: str, settings: Settings) -> dict[str, object]:
         lines.append(text.decode("utf-8", errors="replace"))
 
     llama_cpp.llama_log_set(keep, None)
-    llama_cpp.llama_backend_init()
-    how = llama_cpp.llama_model_default_params()
-    how.no_alloc, how.load_mode, how.n_gpu_layers = True, 0, 0  # 0 is LLAMA_LOAD_MODE_NONE
-    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
-    if not loaded:
-        raise SystemExit("".join(lines[-20:]))
+    try:
+        loaded = _model(model, **HEADER_ONLY)
+    except RuntimeError as error:
+        raise SystemExit("".join(lines[-20:])) from error
     logs: dict[str, str] = {}
     for length in settings["lengths"]:
         params = llama_cpp.llama_context_default_params()
@@ -322,12 +333,7 @@ def _vectors(model: str, texts: list[str], settings: Settings) -> Iterator[scori
     import llama_cpp  # noqa: PLC0415
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    llama_cpp.llama_backend_init()
-    how = llama_cpp.llama_model_default_params()
-    how.n_gpu_layers = settings.get("gpu_layers", 0)
-    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
-    if not loaded:
-        raise RuntimeError(f"llama.cpp cannot load {model}")
+    loaded = _model(model, n_gpu_layers=settings.get("gpu_layers", 0))
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = READ_TOKENS  # a text that is read both ways must be in one batch
     params.n_seq_max, params.kv_unified, params.embeddings = READ_TEXTS, True, True
@@ -383,12 +389,7 @@ def perceive(model: str, _text: str, settings: Settings) -> dict[str, object]:
     import llama_cpp  # noqa: PLC0415
     from llama_cpp import mtmd_cpp  # noqa: PLC0415
 
-    llama_cpp.llama_backend_init()
-    how = llama_cpp.llama_model_default_params()
-    how.no_alloc, how.load_mode, how.n_gpu_layers = True, 0, 0  # 0 is LLAMA_LOAD_MODE_NONE
-    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
-    if not loaded:
-        raise RuntimeError(f"llama.cpp cannot load {model}")
+    loaded = _model(model, **HEADER_ONLY)
     params = mtmd_cpp.mtmd_context_params_default()
     params.use_gpu, params.warmup, params.n_threads = False, False, settings.get("threads", 1)
     context = mtmd_cpp.mtmd_init_from_file(settings["mmproj"].encode(), loaded, params)

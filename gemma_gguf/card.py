@@ -22,7 +22,7 @@ import jinja2
 
 from gemma_gguf import embedding, gemma, memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import BuildFacts, Manifest, Similarity
+from gemma_gguf.manifest import BuildFacts, Manifest, Similarity, argument
 from gemma_gguf.resources import TEMPLATES
 from gemma_gguf.table import gigabytes
 
@@ -246,10 +246,8 @@ def custom_recipes(manifest: Manifest) -> str:
 
 def _after(argv: list[str], option: str, ours: str) -> list[str]:
     """[ours, value] when a tool was called with `option value`, but for the value 0."""
-    if option not in argv[:-1]:
-        return []
-    value = argv[argv.index(option) + 1]
-    return [ours, value] if value != "0" else []
+    value = argument(argv, option)
+    return [ours, value] if value not in (None, "0") else []
 
 
 @dataclass(frozen=True)

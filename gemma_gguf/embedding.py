@@ -38,24 +38,20 @@ SIMILARITY = "cosine"
 MAX_PROMPT = 1000  # characters; EmbeddingGemma's longest has 38
 
 
-def gives_embeddings(gguf_arch: str) -> bool:
-    return gguf_arch in gemma.WITHOUT_LOGITS
-
-
 # --- arguments ---------------------------------------------------------------------------------------------------
 
 
 def converter_flags(gguf_arch: str) -> tuple[str, ...]:
-    return CONVERTER_FLAGS if gives_embeddings(gguf_arch) else ()
+    return CONVERTER_FLAGS if gguf_arch in gemma.WITHOUT_LOGITS else ()
 
 
 def imatrix_flags(gguf_arch: str) -> tuple[str, ...]:
-    return IMATRIX_FLAGS if gives_embeddings(gguf_arch) else ()
+    return IMATRIX_FLAGS if gguf_arch in gemma.WITHOUT_LOGITS else ()
 
 
 def fitted(recipe: Recipe, gguf_arch: str) -> Recipe:
     """The recipe as it is made for this architecture: matrices that no imatrix reaches keep 8 bits."""
-    if recipe.is_base or not gives_embeddings(gguf_arch):
+    if recipe.is_base or gguf_arch not in gemma.WITHOUT_LOGITS:
         return recipe
     pins = [word for name in DENSE_TENSORS for word in ("--tensor-type", f"{name}={DENSE_TYPE}")]
     return replace(recipe, flags=(*recipe.flags, *pins))

@@ -24,7 +24,7 @@ from gemma_gguf import chat, scoring
 from gemma_gguf.calibration import Conversation, Text
 from gemma_gguf.embedding import Lines, Vectors, similarity
 from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
-from gemma_gguf.files import make_directory, sha256_bytes, write_atomic
+from gemma_gguf.files import scratch, sha256_bytes, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, cpu_name, cpu_threads, run_tool
 from gemma_gguf.manifest import FileEntry, Measured, Quality, Similarity, Speed
 from gemma_gguf.progress import Progress, silent
@@ -199,51 +199,53 @@ def comparing(
     """
     scored = CHUNK_TOKENS // 2 if against.material.mode == "plain" else CHUNK_TOKENS
     needed = scoring.base_bytes(against.n_chunks * scored, n_vocab)
-    shutil.rmtree(directory, ignore_errors=True)
-    make_directory(directory)
-    text, logits = directory / "text", directory / "base.logits"
-    stored = needed <= min(disk_budget, shutil.disk_usage(directory).free - FREE_RESERVE)
-    log.note(f"base distributions: {needed:,} bytes at most, {'stored' if stored else 'computed beside every file'}")
-
-    def ask(command: str, model: Path, label: str, place: Mapping[str, str]) -> dict[str, Any]:
-        answer = ask_bindings(
-            against.build,
-            command,
-            model,
-            text,
-            log,
-            settings={**against.settings, **place},
-            on_progress=lambda done, total: progress(label, done, total, "chunks"),
+    with scratch(directory):
+        text, logits = directory / "text", directory / "base.logits"
+        stored = needed <= min(disk_budget, shutil.disk_usage(directory).free - FREE_RESERVE)
+        log.note(
+            f"base distributions: {needed:,} bytes at most, {'stored' if stored else 'computed beside every file'}"
         )
-        if "error" in answer:
-            raise VerificationError(
-                f"{model} cannot be measured: {answer['error']}",
-                next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
-                log=log.path,
-            )
-        return answer
-
-    def measure(file: Path) -> Quality:
-        place = {"logits": str(logits)} if stored else {"base": str(against.base.resolve())}
-        if stored and not logits.exists():
-            ask("base_logits", against.base, "reading the text with the base", place)
-        answer = ask("score", file, f"evaluating {file.stem}", place)
-        return Quality(
-            base_sha256=against.base_sha256,
-            text=against.material.name,
-            text_sha256=against.material.sha256,
-            mode=against.material.mode,  # type: ignore[arg-type] # pydantic checks it
-            chunk_size=CHUNK_TOKENS,
-            n_chunks=against.n_chunks,
-            build=against.build.key,
-            **answer,
-        )
-
-    try:
         write_atomic(text, against.material.data)
+
+        def ask(command: str, model: Path, label: str, place: Mapping[str, str]) -> dict[str, Any]:
+            answer = ask_bindings(
+                against.build,
+                command,
+                model,
+                text,
+                log,
+                settings={**against.settings, **place},
+                on_progress=lambda done, total: progress(label, done, total, "chunks"),
+            )
+            if "error" in answer:
+                raise _not_measurable(model, answer["error"], log)
+            return answer
+
+        def measure(file: Path) -> Quality:
+            place = {"logits": str(logits)} if stored else {"base": str(against.base.resolve())}
+            if stored and not logits.exists():
+                ask("base_logits", against.base, "reading the text with the base", place)
+            answer = ask("score", file, f"evaluating {file.stem}", place)
+            return Quality(
+                base_sha256=against.base_sha256,
+                text=against.material.name,
+                text_sha256=against.material.sha256,
+                mode=against.material.mode,  # type: ignore[arg-type] # pydantic checks it
+                chunk_size=CHUNK_TOKENS,
+                n_chunks=against.n_chunks,
+                build=against.build.key,
+                **answer,
+            )
+
         yield measure
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _not_measurable(file: Path, why: object, log: RunLog) -> VerificationError:
+    return VerificationError(
+        f"{file} cannot be measured: {why}",
+        next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
+        log=log.path,
+    )
 
 
 # --- embeddings ----------------------------------------------------------------------------------------------------
@@ -277,49 +279,41 @@ def embedding_files(
 
     `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    make_directory(directory)
-    lines, out = directory / "lines.json", directory / "vectors"
     base: list[Vectors] = []
-
-    def vectors(model: Path, label: str) -> Vectors:
-        settings = {"out": str(out), "threads": against.threads, "gpu_layers": against.gpu_layers}
-        answer = ask_bindings(
-            against.build,
-            "embed",
-            model,
-            lines,
-            log,
-            settings=settings,
-            on_progress=lambda done, total: progress(label, done, total, "lines"),
-        )
-        return np.fromfile(out, np.float32).reshape(int(answer["n_texts"]), int(answer["n_embd"]))
-
-    def measure(file: Path) -> Similarity:
-        if not base:
-            base.append(vectors(against.base, "embedding the lines with the base"))
-        try:
-            figures = similarity(base[0], vectors(file, f"evaluating {file.stem}"))
-        except VerificationError as error:
-            raise VerificationError(
-                f"{file} cannot be measured: {error.what}",
-                next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
-                log=log.path,
-            ) from error
-        return Similarity(
-            base_sha256=against.base_sha256,
-            text=against.lines.name,
-            text_sha256=against.lines.sha256,
-            prompt=against.lines.prompt,
-            build=against.build.key,
-            **figures,
-        )
-
-    try:
+    with scratch(directory):
+        lines, out = directory / "lines.json", directory / "vectors"
         write_atomic(lines, against.lines.data)
+
+        def vectors(model: Path, label: str) -> Vectors:
+            settings = {"out": str(out), "threads": against.threads, "gpu_layers": against.gpu_layers}
+            answer = ask_bindings(
+                against.build,
+                "embed",
+                model,
+                lines,
+                log,
+                settings=settings,
+                on_progress=lambda done, total: progress(label, done, total, "lines"),
+            )
+            return np.fromfile(out, np.float32).reshape(int(answer["n_texts"]), int(answer["n_embd"]))
+
+        def measure(file: Path) -> Similarity:
+            if not base:
+                base.append(vectors(against.base, "embedding the lines with the base"))
+            try:
+                figures = similarity(base[0], vectors(file, f"evaluating {file.stem}"))
+            except VerificationError as error:
+                raise _not_measurable(file, error.what, log) from error
+            return Similarity(
+                base_sha256=against.base_sha256,
+                text=against.lines.name,
+                text_sha256=against.lines.sha256,
+                prompt=against.lines.prompt,
+                build=against.build.key,
+                **figures,
+            )
+
         yield measure
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- speed ---------------------------------------------------------------------------------------------------------

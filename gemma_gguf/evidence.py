@@ -8,9 +8,11 @@ never keeps old numbers. The manifest is written after every file; a killed eval
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from gemma_gguf import calibration, embedding, evaluate, gemma, gguf_io, llama_cpp, manifest
 from gemma_gguf.errors import BadInputError, VerificationError
@@ -21,6 +23,7 @@ from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Similari
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Run, base_places, open_work
 
+M = TypeVar("M", Quality, Similarity)
 NOTHING = Evidence(quality=None, similarity=None, speed=None)
 
 
@@ -244,35 +247,22 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
         gpu_layers=how.gpu_layers,
         other_builds=these.manifest.evidence_builds(these.build.key),
     )
-    names = {base_sha256: base.name} | _names(present)
-    paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
+    files = _compared(these, present, base, base_sha256)
     n_vocab = 0
-    if not all(against.measured(these.known(sha256).quality) for sha256 in names):
+    if not all(against.measured(these.known(sha256).quality) for sha256 in files):
         n_available, n_vocab = evaluate.count_chunks(these.build, base, material, these.work, these.log)
         against = replace(against, n_chunks=min(against.n_chunks, n_available))
-    with contextlib.ExitStack() as stack:
-        measure: Callable[[Path], Quality] | None = None
-        for sha256, name in names.items():
-            known = these.known(sha256).quality
-            if known is not None and against.measured(known):
-                why = f"the same file, base, text and build: {_shown(known)}"
-                these.say(Done("evaluate", name, False, why, 0.0))
-                continue
-            if measure is None:
-                measure = stack.enter_context(
-                    evaluate.comparing(
-                        against,
-                        directory=these.work / "evaluate",
-                        n_vocab=n_vocab,
-                        disk_budget=how.disk_budget,
-                        log=these.log,
-                        progress=these.progress,
-                    )
-                )
-            begun = time.monotonic()
-            quality = measure(paths[sha256])
-            these.note(sha256, quality)
-            these.say(Done("evaluate", name, True, _shown(quality), time.monotonic() - begun))
+    comparing = evaluate.comparing(
+        against,
+        directory=these.work / "evaluate",
+        n_vocab=n_vocab,
+        disk_budget=how.disk_budget,
+        log=these.log,
+        progress=these.progress,
+    )
+    known = {sha256: these.known(sha256).quality for sha256 in files}
+    current = {sha256: found for sha256, found in known.items() if found is not None and against.measured(found)}
+    _measure_each(these, files, current, comparing, what="text", shown=_shown)
     return sha256_json(["evaluate", base_sha256, material.sha256, material.mode, against.n_chunks, these.build.key])
 
 
@@ -289,27 +279,45 @@ def _measure_similarity(these: _Set, present: Sequence[FileEntry], base: Path, b
         threads=evaluate.threads_or_default(how.threads),
         gpu_layers=how.gpu_layers,
     )
-    names = {base_sha256: base.name} | _names(present)
+    files = _compared(these, present, base, base_sha256)
+    embedding_files = evaluate.embedding_files(
+        against, directory=these.work / "evaluate", log=these.log, progress=these.progress
+    )
+    known = {sha256: these.known(sha256).similarity for sha256 in files}
+    current = {sha256: found for sha256, found in known.items() if found is not None and against.measured(found)}
+    _measure_each(these, files, current, embedding_files, what="lines", shown=_shown_similarity)
+    return sha256_json(["evaluate", base_sha256, against.lines.sha256, these.build.key])
+
+
+def _compared(these: _Set, present: Sequence[FileEntry], base: Path, base_sha256: str) -> dict[str, tuple[str, Path]]:
+    """{sha256: (name, path)} of what is compared with the base: itself first, which gives the noise."""
     paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
+    return {sha256: (name, paths[sha256]) for sha256, name in ({base_sha256: base.name} | _names(present)).items()}
+
+
+def _measure_each(
+    these: _Set,
+    files: Mapping[str, tuple[str, Path]],
+    current: Mapping[str, M],
+    opened: AbstractContextManager[Callable[[Path], M]],
+    *,
+    what: str,
+    shown: Callable[[M], str],
+) -> None:
+    """Measure every file that `current` does not hold with what `opened` gives, which is entered if there is any."""
     with contextlib.ExitStack() as stack:
-        measure: Callable[[Path], Similarity] | None = None
-        for sha256, name in names.items():
-            known = these.known(sha256).similarity
-            if known is not None and against.measured(known):
-                why = f"the same file, base, lines and build: {_shown_similarity(known)}"
+        measure: Callable[[Path], M] | None = None
+        for sha256, (name, path) in files.items():
+            if (known := current.get(sha256)) is not None:
+                why = f"the same file, base, {what} and build: {shown(known)}"
                 these.say(Done("evaluate", name, False, why, 0.0))
                 continue
             if measure is None:
-                measure = stack.enter_context(
-                    evaluate.embedding_files(
-                        against, directory=these.work / "evaluate", log=these.log, progress=these.progress
-                    )
-                )
+                measure = stack.enter_context(opened)
             begun = time.monotonic()
-            found = measure(paths[sha256])
+            found = measure(path)
             these.note(sha256, found)
-            these.say(Done("evaluate", name, True, _shown_similarity(found), time.monotonic() - begun))
-    return sha256_json(["evaluate", base_sha256, against.lines.sha256, these.build.key])
+            these.say(Done("evaluate", name, True, shown(found), time.monotonic() - begun))
 
 
 def _shown_similarity(found: Similarity) -> str:

@@ -50,6 +50,7 @@ from gemma_gguf.files import (
 from gemma_gguf.manifest import (
     CalibrationFacts,
     ContextMemory,
+    FileEntry,
     ImatrixFacts,
     Manifest,
     Picture,
@@ -161,36 +162,39 @@ def _convert(state: Run) -> None:
     outputs: dict[str, str] = {}
     new = state.manifest
     for output in made:
-        with removed_when_bad(output.partial):
-            verify.check_finite(output.header)
-            text = probe_text(state) if output is made[0] else None
-            checks = verify.check_file(output.partial, None, build=state.build, text=text, log=state.log)
-            is_base = output is made[0]
-            if not is_base:  # the base has its name by now
-                load = verify.check_projector(output.partial, state.base, build=state.build, log=state.log)
-                checks = checks.model_copy(update={"load": load})
-        final = state.base if is_base else state.set_dir / output.final_name
-        replace_durably(output.partial, final)
-        digest = state.memory.sha256(final)
-        outputs[f"{WORK}/{final.name}" if is_base else final.name] = digest
-        if not is_base:
-            new = new.with_file(
-                new_entry(
-                    state,
-                    final,
-                    kind="mmproj",
-                    recipe=None,
-                    key=key,
-                    argv=output.argv,
-                    seconds=output.seconds,
-                    checks=checks,
-                )
-            )
-        state.did(Done("convert", output.final_name, True, why, output.seconds, final.stat().st_size))
+        place, digest, entry = accept_converted(state, output, key, is_base=output is made[0])
+        outputs[place] = digest
+        if entry is not None:
+            new = new.with_file(entry)
+        state.did(Done("convert", output.final_name, True, why, output.seconds, output.header.file_size))
     argv = [list(output.argv) for output in made]
     seconds = round(time.monotonic() - started, 2)
     new = new.model_copy(update={"converter": convert.converter_facts(state.build, made)})
     state.record(new.with_stage("convert", StageRecord(key=key, argv=argv, seconds=seconds, outputs=outputs)))
+
+
+def accept_converted(
+    state: Run, output: convert.Converted, key: str, *, is_base: bool
+) -> tuple[str, str, FileEntry | None]:
+    """Verify one output of the converter and give it its name: (what a stage records it by, hash, a projector's entry).
+
+    The base comes first: projectors are loaded beside it.
+    """
+    with removed_when_bad(output.partial):
+        verify.check_finite(output.header)
+        text = probe_text(state) if is_base else None
+        checks = verify.check_file(output.partial, None, build=state.build, text=text, log=state.log)
+        if not is_base:
+            load = verify.check_projector(output.partial, state.base, build=state.build, log=state.log)
+            checks = checks.model_copy(update={"load": load})
+    final = state.base if is_base else state.set_dir / output.final_name
+    replace_durably(output.partial, final)
+    digest = state.memory.sha256(final)
+    if is_base:
+        return f"{WORK}/{final.name}", digest, None
+    seconds, argv = output.seconds, output.argv
+    entry = new_entry(state, final, kind="mmproj", recipe=None, key=key, argv=argv, seconds=seconds, checks=checks)
+    return final.name, digest, entry
 
 
 def convert_key(state: Run) -> str:

@@ -415,15 +415,20 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_a_worker(directory: Path, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """What one call gives in a worker process of its own, so that an abort inside ggml ends in one clear error."""
+def in_a_worker(directory: Path, what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What one call gives in a worker process of its own, so that an abort inside ggml ends in one clear error.
+
+    `what` says for it what the process does. Raises `ToolFailedError` when it dies.
+    """
     try:
         with local_executor(1, directory) as pool:
             return pool.submit(function, *args, **kwargs).result()
     except BrokenProcessPool as error:
         raise ToolFailedError(
-            "the process that works with ggml died", next_step="Run the same command again; is there enough memory?"
+            f"the process that {what} died", next_step="Run the same command again; is there enough memory?"
         ) from error
+    finally:
+        tasks.clear_slots(directory)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def check(
     make_directory(directory)
     names = [kind.name for kind in KERNEL_TYPES]
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        version, isa = fanout.in_a_worker(Path(scratch), _identity, str(made.library))
+        version, isa = fanout.in_a_worker(Path(scratch), "loads the kernels", _identity, str(made.library))
         found: dict[str, str | None] = {}
         if isa != "none":
             found = _compare_all(

@@ -7,6 +7,7 @@ relative to the set's directory. `README.md` describes the fields for readers.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -392,6 +393,11 @@ class RefreshFacts(_Model):
     state: Literal["checked", "applying", "applied"]
     files: dict[SetPath, FileDecision]
     evidence_builds: list[str]  # keys of builds whose measurements of unchanged files were kept
+
+
+def argument(argv: Sequence[str], option: str) -> str | None:
+    """What stands after an option in a recorded command line; None where it was not given."""
+    return argv[argv.index(option) + 1] if option in argv[:-1] else None
 
 
 class CardChoices(_Model):

@@ -18,14 +18,14 @@ import yaml
 
 from gemma_gguf import card, doctor, gguf_io, hub, manifest, pictures, publish, survey, verify
 from gemma_gguf.doctor import Account
-from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
+from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import HashMemory, sha256_file
 from gemma_gguf.hub import Addition, PassingError, Repository
 from gemma_gguf.llama_cpp import RunLog
 from gemma_gguf.manifest import FILE_NAME, Manifest, RemotePlace
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.publish import Candidate, Finding, Listing, LocalFile, Operation, Plan
-from gemma_gguf.session import WORK, Done, PublishOptions, Run, open_work
+from gemma_gguf.session import WORK, Done, PublishOptions, Run, open_work, told
 
 # Seconds to wait before the next try, each time nothing has arrived since the last one; the client itself has tried
 # six times before. Then the user is told.
@@ -336,12 +336,6 @@ def opened(
     with open_work(work, "publish", wait=wait) as log, hub.client_says(log.note):
         memory = HashMemory(work / "hashes.json")
         upload = Upload(set_dir, connect(NOWHERE), how, log, memory, progress, say)
-        try:
+        with told(log, memory):
             _settle(upload, facts, connect)
             yield upload
-        except GemmaGGUFError as error:
-            log.note(f"ended: {error.what}")
-            error.log = error.log or log.path
-            raise
-        finally:
-            memory.save()

@@ -9,15 +9,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import fanout, llama_cpp, tasks
-from gemma_gguf.errors import ToolFailedError
+from gemma_gguf import fanout, llama_cpp
 from gemma_gguf.files import make_directory, sha256_json, write_atomic
 from gemma_gguf.libggml import Ggml
 from gemma_gguf.llama_cpp import Build
@@ -40,13 +38,8 @@ def hashes(build: Build, types: Sequence[str], progress: Progress = silent) -> d
     if missing := sorted(set(types) - set(known)):
         progress("hashing the quantisers", 0, len(missing), "types")
         make_directory(path.parent)
-        try:
-            with fanout.local_executor(1, path.parent) as pool:
-                known |= pool.submit(hash_types, str(build.bin_dir), missing).result()
-        except BrokenProcessPool as error:
-            raise ToolFailedError(f"ggml of {build.source} ends the process that quantises fixed rows") from error
-        finally:
-            tasks.clear_slots(path.parent)
+        what = f"quantises fixed rows with the ggml of {build.source}"
+        known |= fanout.in_a_worker(path.parent, what, hash_types, str(build.bin_dir), missing)
         write_atomic(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return known
 

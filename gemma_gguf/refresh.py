@@ -6,10 +6,8 @@ recipes made again through the fan-out, everything else left alone. `differences
 again, what there is to decide.
 """
 
-import contextlib
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +25,17 @@ from gemma_gguf import (
     recipes,
     session,
     stale,
-    verify,
 )
 from gemma_gguf.differences import Seen, is_head, look, problem_with
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import (
     link_or_copy,
-    replace_durably,
+    scratch,
     sha256_json,
     write_from,
 )
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import Evidence, FileDecision, FileEntry, RefreshFacts
+from gemma_gguf.manifest import Evidence, FileDecision, FileEntry, RefreshFacts, argument
 from gemma_gguf.pictures import Drawn
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Options, Run
@@ -130,8 +127,11 @@ def _refresh_one(
     applied, problem = False, None
     try:
         options = _options(set_dir, asked)
-        with session.open_set(set_dir, options, build, progress=progress, say=say) as state, _scratch(state) as scratch:
-            seen = look(state, scratch, model=asked.model, new_imatrix=asked.new_imatrix)
+        with (
+            session.open_set(set_dir, options, build, progress=progress, say=say) as state,
+            scratch(state.work / "refresh") as place,
+        ):
+            seen = look(state, place, model=asked.model, new_imatrix=asked.new_imatrix)
             decisions = seen.decisions
             if not asked.apply:
                 _record(state, seen, "checked")
@@ -153,7 +153,7 @@ def _options(set_dir: Path, asked: Asked) -> Options:
     depths += [found.similarity.n_lines for found in every if found.similarity is not None]
     measured = facts.stages.get("evaluate")
     words = measured.argv[0] if measured is not None and measured.argv else []
-    bench = _after(words, "--bench")
+    bench = argument(words, "--bench")
     made = [entry.as_recipe() for entry in facts.files if entry.kind == "model"]
     return Options(
         model="",
@@ -164,45 +164,29 @@ def _options(set_dir: Path, asked: Asked) -> Options:
         backend=asked.backend,
         cmake_args=asked.cmake_args,
         calibration=facts.calibration.name if facts.calibration else "default",
-        chunks=_number(_after(argv, "--chunks")),
+        chunks=_number(argument(argv, "--chunks")),
         threads=asked.threads,
-        gpu_layers=_number(_after(argv, "-ngl")) or 0,
+        gpu_layers=_number(argument(argv, "-ngl")) or 0,
         jobs=asked.jobs,
         proof=asked.proof,
         # A set that nobody measured is not measured now, either.
         evaluate=asked.evaluate and bool(facts.evidence),
         eval_chunks=max(depths, default=None),
         bench=tuple(bench.split(",")) if bench else None,
-        reference=_after(words, "--from") or _imatrix_reference(argv),
+        reference=argument(words, "--from") or _imatrix_reference(argv),
         rehash=asked.rehash,
         wait=asked.wait,
     )
 
 
-def _after(argv: Sequence[str], option: str) -> str | None:
-    return argv[argv.index(option) + 1] if option in argv[:-1] else None
-
-
 def _imatrix_reference(argv: Sequence[str]) -> str | None:
     """The recipe that an imatrix was computed with in the place of the base, from llama-imatrix's command line."""
-    model = Path(_after(argv, "-m") or "").name
+    model = Path(argument(argv, "-m") or "").name
     return model.removeprefix("imatrix-from-").split("-")[0] if model.startswith("imatrix-from-") else None
 
 
 def _number(text: str | None) -> int | None:
     return None if text is None else int(text)
-
-
-@contextlib.contextmanager
-def _scratch(state: Run) -> Iterator[Path]:
-    """A directory for what is only compared; gone in the end."""
-    place = state.work / "refresh"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 # --- doing ---------------------------------------------------------------------------------------------------------
@@ -323,22 +307,14 @@ def _install_converted(state: Run, seen: Seen) -> None:
     old = facts.stages["convert"]
     key = factory.convert_key(state) if old.argv else old.key
     outputs = dict(old.outputs)
-    for name, one in seen.converted.items():
-        verify.check_finite(one.header)
-        is_base = name == state.base.name
-        text = session.probe_text(state) if is_base else None
-        checks = verify.check_file(one.partial, None, build=state.build, text=text, log=state.log)
-        final = state.base if is_base else state.set_dir / name
-        replace_durably(one.partial, final)
-        outputs[f"{WORK}/{name}" if is_base else name] = state.memory.sha256(final)
-        if not is_base:
-            entry = session.new_entry(
-                state, final, kind="mmproj", recipe=None, key=key, argv=one.argv, seconds=one.seconds, checks=checks
-            )
-            facts = facts.with_file(entry)
-        state.did(Done("refresh", name, True, "converted again", one.seconds, final.stat().st_size))
-    if not state.base.exists() and seen.base is not None:
+    if not state.base.exists() and seen.base is not None and state.base.name not in seen.converted:
         link_or_copy(seen.base, state.base)
+    for name, one in seen.converted.items():
+        place, digest, entry = factory.accept_converted(state, one, key, is_base=name == state.base.name)
+        outputs[place] = digest
+        if entry is not None:
+            facts = facts.with_file(entry)
+        state.did(Done("refresh", name, True, "converted again", one.seconds, one.header.file_size))
     used = facts.converter
     if seen.converted_by is not None:
         used = seen.converted_by
@@ -364,8 +340,8 @@ def _keep_imatrix(state: Run, old_base: str, old_key: str) -> None:
         if argv is None or facts is None:
             return sha256_json(["imatrix", base, entry.sha256])
         reference = _imatrix_reference(argv)
-        chunks, layers = _number(_after(argv, "--chunks")), _number(_after(argv, "-ngl")) or 0
-        identity = ["imatrix", base, facts.sha256, _after(argv, "-f"), chunks, layers, build]
+        chunks, layers = _number(argument(argv, "--chunks")), _number(argument(argv, "-ngl")) or 0
+        identity = ["imatrix", base, facts.sha256, argument(argv, "-f"), chunks, layers, build]
         return sha256_json([*identity, reference] if reference else identity)
 
     if record.key in {key_of(old_base, build) for build in (old_key, entry.build)}:

@@ -349,14 +349,8 @@ def open_run(
         set_dir.mkdir(parents=True, exist_ok=True)
         took = time.monotonic() - started
         state.did(Done("build", f"llama.cpp {build.version} ({build.commit[:9]})", False, f"ready, {took:.0f} s", took))
-        try:
+        with told(log, memory):
             yield state
-        except GemmaGGUFError as error:
-            log.note(f"ended: {error.what}")
-            error.log = error.log or log.path
-            raise
-        finally:
-            memory.save()
 
 
 @contextlib.contextmanager
@@ -376,7 +370,7 @@ def open_set(
         name = source.ModelName(model.origin, model.org, model.model, revision=model.revision)
         if name.stem != facts.stem:
             name = replace(name, naming="model")
-        try:
+        with told(log, memory):
             yield Run(
                 options=options,
                 build=build,
@@ -391,12 +385,19 @@ def open_set(
                 take_away=None,
                 manifest=facts,
             )
-        except GemmaGGUFError as error:
-            log.note(f"ended: {error.what}")
-            error.log = error.log or log.path
-            raise
-        finally:
-            memory.save()
+
+
+@contextlib.contextmanager
+def told(log: RunLog, memory: HashMemory) -> Iterator[None]:
+    """The log says how the block ends, an error names its log, and the hashes that were computed are kept."""
+    try:
+        yield
+    except GemmaGGUFError as error:
+        log.note(f"ended: {error.what}")
+        error.log = error.log or log.path
+        raise
+    finally:
+        memory.save()
 
 
 @contextlib.contextmanager
@@ -629,10 +630,8 @@ def speeds_for(state: Run, plans: Sequence[FilePlan], using: Checked | None = No
     if missing:
         state.progress("measuring the quantisers' speed", 0, len(missing), "types")
         kernels = using.kernels if using else None
-        known |= fanout.in_a_worker(
-            state.work, tasks.measure_speeds, str(state.build.bin_dir), missing, kernels=kernels
-        )
-        tasks.clear_slots(state.work)
+        what, bin_dir = "measures the quantisers' speed", str(state.build.bin_dir)
+        known |= fanout.in_a_worker(state.work, what, tasks.measure_speeds, bin_dir, missing, kernels=kernels)
         write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
     return known
 

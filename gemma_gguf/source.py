@@ -201,7 +201,7 @@ def examine(path: Path) -> Examined:
     config = _json(path / "config.json")
     architecture, family = _architecture(path, config)
     _refuse_without_vocabulary(path, family, files)
-    said = _embedding(path) if embedding.gives_embeddings(family.gguf_arch) else None
+    said = _embedding(path) if family.gguf_arch in gemma.WITHOUT_LOGITS else None
     weights = [file for file in files if said is not None or "/" not in file]
     return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, weights), said)
 

@@ -8,18 +8,19 @@ bound. Nothing is ranked where the base itself was quantised before.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from gettext import NullTranslations
 from typing import TypeVar
 
 from gemma_gguf import recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Similarity, Speed
+from gemma_gguf.manifest import FILE_NAME, Evidence, FileEntry, Manifest, Measured, Quality, Similarity, Speed
 from gemma_gguf.recipes import Recipe
 
 NOTHING = "–"  # a cell of a row that is not made or not measured; its status says so
 T = TypeVar("T")
+C = TypeVar("C", Quality, Similarity)
 Closeness = Quality | Similarity  # to the base
 SIGNIFICANT = 2.0  # standard errors of a difference
 
@@ -133,26 +134,25 @@ def base_sha256(manifest: Manifest) -> str | None:
 
 def qualities(manifest: Manifest) -> dict[str, Quality]:
     """{file name: quality} of the models measured against the base of this set; older measurements do not count."""
-    base, found = base_sha256(manifest), {}
-    for entry in manifest.files:
-        evidence = manifest.evidence.get(entry.sha256)
-        quality = evidence.quality if evidence is not None and entry.kind == "model" else None
-        if quality is not None and base in (None, quality.base_sha256):
-            found[entry.name] = quality
-    return found
+    return _of_this_base(manifest, lambda evidence: evidence.quality)
 
 
 def closeness(manifest: Manifest) -> dict[str, Closeness]:
     """{file name: how close it is to the base}, by logits or, of a model that gives them, by embeddings."""
     if manifest.model.embedding is None:
         return {**qualities(manifest)}
+    return {**_of_this_base(manifest, lambda evidence: evidence.similarity)}
+
+
+def _of_this_base(manifest: Manifest, part: Callable[[Evidence], C | None]) -> dict[str, C]:
+    """{file name: that part of its evidence} of the models that were compared with the base of this set."""
     base, found = base_sha256(manifest), {}
     for entry in manifest.files:
         evidence = manifest.evidence.get(entry.sha256)
-        similarity = evidence.similarity if evidence is not None and entry.kind == "model" else None
-        if similarity is not None and base in (None, similarity.base_sha256):
-            found[entry.name] = similarity
-    return {**found}
+        close = part(evidence) if evidence is not None and entry.kind == "model" else None
+        if close is not None and base in (None, close.base_sha256):
+            found[entry.name] = close
+    return found
 
 
 def distance(close: Closeness) -> Measured:

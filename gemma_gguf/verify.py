@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import embedding, gguf_io
+from gemma_gguf import embedding, gemma, gguf_io
 from gemma_gguf.errors import ToolFailedError, VerificationError
 from gemma_gguf.files import sha256_file, write_atomic
 from gemma_gguf.gguf_io import Header
@@ -41,7 +41,7 @@ def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | 
     rows = check_rows(header)
     if text is None:
         load = None
-    elif embedding.gives_embeddings(header.get("general.architecture")):
+    elif header.get("general.architecture") in gemma.WITHOUT_LOGITS:
         load = check_embeds(path, text, build=build, log=log)
     else:
         load = check_load(path, text, build=build, log=log)

@@ -585,3 +585,16 @@ def test_tasks_cover_every_row_of_every_phase_once(job: Job, elements: int) -> N
     }
     assert seen == expected
     assert [task["phase"] for task in cut] == sorted(task["phase"] for task in cut)
+
+
+def _die(_: int) -> None:
+    os.abort()
+
+
+def test_one_call_in_a_worker(tmp_path: Path) -> None:
+    """Its value; or, when the process dies, one error that says what it did. Nothing of it stays."""
+    assert fanout.in_a_worker(tmp_path, "counts", len, "four") == 4
+    with pytest.raises(ToolFailedError, match=r"^the process that counts with ggml died$") as caught:
+        fanout.in_a_worker(tmp_path, "counts with ggml", _die, 1)
+    assert caught.value.next_step == "Run the same command again; is there enough memory?"
+    assert list(tmp_path.iterdir()) == []

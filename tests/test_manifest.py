@@ -530,3 +530,11 @@ def test_with_stage_replaces_and_adds() -> None:
 def test_facts_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         example().files[0].n_bytes = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("-m", "a.gguf"), ("--chunks", "4"), ("-ngl", None), ("--last", None)], ids=str
+)
+def test_an_argument_of_a_recorded_command_line(option: str, value: str | None) -> None:
+    """An option without anything after it gives nothing."""
+    assert manifest.argument(["llama-imatrix", "-m", "a.gguf", "--chunks", "4", "--last"], option) == value

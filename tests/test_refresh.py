@@ -170,6 +170,23 @@ def test_what_cannot_be_decided_is_left_alone(made: tuple[Options, Path]) -> Non
     assert "is not known" in (set_dir / "README.md").read_text()
 
 
+def test_a_projector_that_is_made_again_is_loaded_first(build: Build, tmp_path: Path) -> None:
+    """As in a run: none gets its name that llama.cpp does not load beside its base, wherever the base lies by now."""
+    assert build.key
+    options = options_for(checkpoints.write_gemma3_vision(tmp_path / "model"), tmp_path / "out", ("bf16", "Q8_0"))
+    report = factory.run(options)
+    before, name = hashes(report.set_dir), f"mmproj-{STEM}-f16.gguf"
+    (report.set_dir / name).unlink()
+    (options.out / ".work" / STEM / f"{STEM}-bf16.gguf").unlink()
+    found = one(report.set_dir, refresh.Asked(apply=True))
+    assert found[name.removesuffix(".gguf")].outcome == "remake"
+    assert hashes(report.set_dir) == before
+    entry = manifest.load(report.set_dir).file(name)
+    assert entry is not None
+    assert entry.checks is not None
+    assert entry.checks.load == "bindings"
+
+
 def test_a_changed_quantiser_is_found_by_its_hash_and_by_rows(made: tuple[Options, Path]) -> None:
     """Another build's files: one of its quantisers wrote other bytes of fixed rows, and one file holds another row."""
     _, set_dir = made
