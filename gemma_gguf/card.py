@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import gemma, memory, pictures, prompts, recipes, table
+from gemma_gguf import gates, gemma, memory, pictures, prompts, recipes, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.resources import TEMPLATES
@@ -234,7 +234,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
     """Everything the templates may name; `words` translates what is said in rows."""
     words = words or gettext.NullTranslations()
     build, picked = manifest.llama_cpp, table.pick(manifest)
-    quality = table.qualities(manifest)
+    quality = gates.qualities(manifest)
     setups = {(q.text, q.text_sha256, q.mode, q.chunk_size, q.n_chunks, q.n_tokens): q for q in quality.values()}
     large = [entry for entry in table.in_order(manifest) if entry.parent is not None]
     sampling, sampling_flags = sampling_settings(manifest)
@@ -263,6 +263,7 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "older": [entry for entry in manifest.files if entry.build != build.key],
         "setups": list(setups.values()),
         "pick": picked,
+        "held": sorted(gates.verdicts(manifest)),
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
         "splits": [entry for entry in models if "/" in entry.name],
         "mmproj": table.projector(manifest),

@@ -23,6 +23,7 @@ from gemma_gguf import (
     evidence,
     factory,
     fanout,
+    gates,
     kernel_check,
     llama_cpp,
     manifest,
@@ -157,6 +158,25 @@ _evaluation_options = _with_options(
         metavar="all|none|A,B,...",
         help=f"Recipes whose speed is measured (default: {', '.join(evaluate.BENCH_DEFAULT)}).",
     ),
+    click.option(
+        "--max-kld",
+        type=click.FloatRange(0, min_open=True),
+        metavar="NATS",
+        help=f"Hold back files whose KL divergence is above this (at first: {manifest.DEFAULT_GATES.max_kld:g}).",
+    ),
+    click.option(
+        "--max-kld-ratio",
+        type=click.FloatRange(1),
+        metavar="TIMES",
+        help="Hold back files whose KL divergence is above so many times that of a smaller one "
+        f"(at first: {manifest.DEFAULT_GATES.max_kld_ratio:g}).",
+    ),
+    click.option(
+        "--max-kld-errors",
+        type=click.FloatRange(0),
+        metavar="N",
+        help=f"... by more than N standard errors (at first: {manifest.DEFAULT_GATES.errors:g}).",
+    ),
 )
 _set_options = _with_options(
     click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
@@ -279,6 +299,10 @@ def _bench(text: str | None) -> tuple[str, ...] | None:
     return names or None
 
 
+def _bounds(given: Mapping[str, Any]) -> gates.Bounds:
+    return gates.Bounds(given.get("max_kld"), given.get("max_kld_ratio"), given.get("max_kld_errors"))
+
+
 def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
     configured = _loaded().settings
@@ -309,6 +333,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         eval_disk_budget=given.get("eval_disk_budget", evaluate.DISK_BUDGET),
         bench=_bench(given.get("bench")),
         reference=given["reference"],
+        bounds=_bounds(given),
         until=until,
         rehash=given["rehash"],
         wait=given["wait"],
@@ -520,6 +545,7 @@ def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> No
             reference=given["reference"],
             threads=given["threads"],
             gpu_layers=given["gpu_layers"],
+            bounds=_bounds(given),
         ),
         given["llama_cpp_spec"],
         backend=given["backend"],

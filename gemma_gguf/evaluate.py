@@ -22,10 +22,10 @@ import numpy as np
 
 from gemma_gguf import chat, scoring
 from gemma_gguf.calibration import Conversation, Text
-from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, NoFiguresError, ToolFailedError
 from gemma_gguf.files import make_directory, sha256_bytes, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, cpu_name, cpu_threads, run_tool
-from gemma_gguf.manifest import FileEntry, Measured, Quality, Speed
+from gemma_gguf.manifest import Failed, FileEntry, Measured, Quality, Speed
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
@@ -136,8 +136,8 @@ class Against:
     threads: int
     gpu_layers: int
 
-    def measured(self, quality: Quality | None) -> bool:
-        """Whether a quality that is known already is of just this base, text, depth and build."""
+    def measured(self, quality: Quality | Failed | None) -> bool:
+        """Whether a quality, or its want, that is known already is of just this base, text, depth and build."""
         return quality is not None and (
             quality.base_sha256,
             quality.text_sha256,
@@ -146,6 +146,19 @@ class Against:
             quality.n_chunks,
             quality.build,
         ) == (self.base_sha256, self.material.sha256, self.material.mode, CHUNK_TOKENS, self.n_chunks, self.build.key)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `Quality` and `Failed` say of how it was measured."""
+        return {
+            "base_sha256": self.base_sha256,
+            "text": self.material.name,
+            "text_sha256": self.material.sha256,
+            "mode": self.material.mode,
+            "chunk_size": CHUNK_TOKENS,
+            "n_chunks": self.n_chunks,
+            "build": self.build.key,
+        }
 
     @property
     def settings(self) -> dict[str, object]:
@@ -185,7 +198,7 @@ def comparing(
     log: RunLog,
     progress: Progress = silent,
 ) -> Iterator[Callable[[Path], Quality]]:
-    """A function that measures a file.
+    """A function that measures a file; it raises `NoFiguresError` for one whose logits are not finite.
 
     `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last. The base's
     distributions are written with the first file, unless they take more than `disk_budget` bytes or would
@@ -210,8 +223,9 @@ def comparing(
             on_progress=lambda done, total: progress(label, done, total, "chunks"),
         )
         if "error" in answer:
-            raise VerificationError(
+            raise NoFiguresError(
                 f"{model} cannot be measured: {answer['error']}",
+                why=answer["error"],
                 next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
                 log=log.path,
             )
@@ -222,16 +236,7 @@ def comparing(
         if stored and not logits.exists():
             ask("base_logits", against.base, "reading the text with the base", place)
         answer = ask("score", file, f"evaluating {file.stem}", place)
-        return Quality(
-            base_sha256=against.base_sha256,
-            text=against.material.name,
-            text_sha256=against.material.sha256,
-            mode=against.material.mode,  # type: ignore[arg-type] # pydantic checks it
-            chunk_size=CHUNK_TOKENS,
-            n_chunks=against.n_chunks,
-            build=against.build.key,
-            **answer,
-        )
+        return Quality(**against.facts, **answer)
 
     try:
         write_atomic(text, against.material.data)

@@ -248,11 +248,63 @@ class Speed(_Model):
     peak_memory_bytes: Count | None  # resident, while loaded
 
 
+class Failed(_Model):
+    """Why a file gave no figures, and what was tried: as in `Quality`."""
+
+    base_sha256: Sha256
+    text: str
+    text_sha256: Sha256
+    mode: Literal["plain", "chat"]
+    chunk_size: Count
+    n_chunks: Count
+    build: str
+    why: str
+
+
 class Evidence(_Model):
     """What was measured of the bytes with one sha256."""
 
     quality: Quality | None
+    failed: Failed | None  # in the place of quality: the file's logits, or what follows from them, are not finite
     speed: Speed | None
+
+
+class GateFacts(_Model):
+    """The bounds of the quality gate that were chosen for this set, and what they hold back: see `gates.py`."""
+
+    max_kld: Annotated[float, Field(gt=0)]  # nats, of any file
+    max_kld_ratio: Annotated[float, Field(ge=1)]  # times the KLD of a smaller file ...
+    errors: Annotated[float, Field(ge=0)]  # ... by more than so many standard errors of the difference
+    held: dict[SetPath, str]  # file -> why; what reads this document without gemma-gguf finds it here
+
+
+DEFAULT_GATES = GateFacts(max_kld=1.0, max_kld_ratio=2.0, errors=3.0, held={})
+
+
+class GridFit(_Model):
+    """How the weights of one kind lie on the grid of a block type: 32 weights share a scale, levels are -8 to 7.
+
+    Residuals are root mean square, relative to the weights'. A block fits when some scale gives back all of its
+    weights to the precision of BF16.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[\w.]{1,60}$")]  # `ffn_down`
+    n_tensors: Count
+    n_blocks: Count  # looked at
+    residual: float  # each block with its best scale
+    residual_ggml: float  # with ggml's: the largest weight over -8
+    residual_none: float  # what the best scales leave of the same weights when any grid in them is blurred
+    fits: float  # share of the blocks, 0 to 1
+    fits_ggml: float  # the same with the levels that ggml chooses
+
+
+class QatFacts(_Model):
+    """What is special about the set of a checkpoint that was trained for Q4_0."""
+
+    said_by: Literal["checkpoint", "--qat"]
+    embedding: Literal["Q6_K", "Q8_0"]  # of the Q4_0 file
+    verdict: Literal["ggml", "free", "near", "none"]  # whose scales the grid fits: see `qat.verdict`
+    grid: list[GridFit]
 
 
 class CacheGroup(_Model):
@@ -348,6 +400,9 @@ class Manifest(_Model):
     custom_recipes: list[CustomRecipe]  # those of `recipes` that are no rows of the package's table
     files: list[FileEntry]
     card: CardChoices
+    qat: QatFacts | None  # None: an ordinary model
+    pins: dict[RecipeName, dict[str, str]]  # recipe -> tensor -> type it was raised to, for want of imatrix data
+    gates: GateFacts
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
     context: ContextFacts | None  # None: of schema 1, which did not record it, or not converted yet
     prompts: PromptFacts | None  # the same, or a model without a chat template
@@ -429,7 +484,16 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
-    return {"kernels": None, "custom_recipes": [], **raw, "schema_version": SCHEMA_VERSION}
+    if isinstance(evidence := raw.get("evidence"), dict):
+        raw = {
+            **raw,
+            "evidence": {
+                sha256: {"failed": None, **found} if isinstance(found, dict) else found
+                for sha256, found in evidence.items()
+            },
+        }
+    added = {"kernels": None, "custom_recipes": [], "qat": None, "pins": {}, "gates": DEFAULT_GATES.model_dump()}
+    return {**added, **raw, "schema_version": SCHEMA_VERSION}
 
 
 def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from gemma_gguf import (
     card,
     convert,
     fanout,
+    gates,
     gguf_io,
     imatrix,
     kernel_check,
@@ -109,6 +110,7 @@ class Options:
     eval_disk_budget: int = EVAL_DISK_BUDGET  # bytes of base distributions
     bench: tuple[str, ...] | None = None  # recipes whose speed is measured, `("all",)` or `("none",)`
     reference: str | None = None  # a recipe that stands in for a base too large to run
+    bounds: gates.Bounds = gates.AS_RECORDED  # of the quality gate
     until: str = "card"
     rehash: bool = False
     wait: bool = False
@@ -181,8 +183,8 @@ class Run:
         self.say(done)
 
     def record(self, new: Manifest) -> None:
-        self.manifest = new
-        manifest.save(new, self.set_dir)
+        self.manifest = gates.recorded(new)
+        manifest.save(self.manifest, self.set_dir)
 
 
 def known_recipes(names: Iterable[str], custom: Iterable[Recipe] = ()) -> tuple[Recipe, ...]:
@@ -340,6 +342,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         old = manifest.load(set_dir)
         # A manifest never names a file that is not there.
         facts["card"] = options.card.chosen(old.card, name.stem)
+        facts["gates"] = options.bounds.chosen(old.gates)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
             facts |= {"recipes": asked, "custom_recipes": own}
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
@@ -353,6 +356,9 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         custom_recipes=own,
         files=[],
         card=options.card.chosen(manifest.DEFAULT_CARD, name.stem),
+        qat=None,
+        pins={},
+        gates=options.bounds.chosen(manifest.DEFAULT_GATES),
         evidence={},
         context=None,
         prompts=None,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from gettext import NullTranslations
 from typing import TypeVar
 
-from gemma_gguf import recipes
+from gemma_gguf import gates, recipes
 from gemma_gguf.errors import BadInputError
+from gemma_gguf.gates import comparable, difference, qualities
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Speed
 from gemma_gguf.recipes import Recipe
 
@@ -112,44 +113,10 @@ def need(value: T | None, fact: str) -> T:
 # --- what was measured --------------------------------------------------------------------------------------------
 
 
-def base_sha256(manifest: Manifest) -> str | None:
-    """The base that the set was made from: the converter's output or what was given, else the bf16 row."""
-    record = manifest.stages.get("convert")
-    for name, digest in (record.outputs if record else {}).items():
-        if name.startswith(".work/") and name.endswith("-bf16.gguf"):
-            return digest
-    return next((entry.sha256 for entry in manifest.files if entry.recipe == "bf16"), None)
-
-
-def qualities(manifest: Manifest) -> dict[str, Quality]:
-    """{file name: quality} of the models measured against the base of this set; older measurements do not count."""
-    base, found = base_sha256(manifest), {}
-    for entry in manifest.files:
-        evidence = manifest.evidence.get(entry.sha256)
-        quality = evidence.quality if evidence is not None and entry.kind == "model" else None
-        if quality is not None and base in (None, quality.base_sha256):
-            found[entry.name] = quality
-    return found
-
-
 def projector(manifest: Manifest) -> FileEntry | None:
     """The projector that cards tell to take: f16, which runs everywhere, else the smallest."""
     found = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
     return next((entry for entry in found if entry.name.endswith("-f16.gguf")), found[0] if found else None)
-
-
-def comparable(one: Quality, other: Quality) -> bool:
-    """Whether both were measured on the same tokens in the same way."""
-    return all(
-        getattr(one, fact) == getattr(other, fact)
-        for fact in ("base_sha256", "text_sha256", "mode", "chunk_size", "n_chunks")
-    )
-
-
-def difference(one: Measured, other: Measured) -> Measured:
-    """one - other, with the standard error of independent measurements."""
-    se = None if one.se is None or other.se is None else math.hypot(one.se, other.se)
-    return Measured(value=one.value - other.value, se=se)
 
 
 def is_shown(measured: Measured) -> bool:
@@ -206,16 +173,18 @@ def is_on_frontier(entry: FileEntry, manifest: Manifest) -> bool:
 def pick(manifest: Manifest) -> FileEntry | None:
     """The file for those who do not want to choose: Q4_K_M, or what beats it; Q4_0 of a model trained for it.
 
-    Without those the largest file of at most 5 bits per weight, else the smallest.
+    Without those the largest file of at most 5 bits per weight, else the smallest; never one that is held back.
     """
-    models = {entry.recipe: entry for entry in manifest.files if entry.kind == "model"}
+    held = gates.verdicts(manifest)
+    models = {entry.recipe: entry for entry in manifest.files if entry.kind == "model" and entry.name not in held}
     if not models:
         return None
     if manifest.model.qat and "Q4_0" in models:
         return models["Q4_0"]
     usual = models.get("Q4_K_M")
     if usual is not None:
-        return beaten_by(usual, manifest) or usual
+        better = beaten_by(usual, manifest)
+        return better if better is not None and better.name not in held else usual
     by_size = sorted(models.values(), key=lambda entry: entry.n_bytes)
     return next((entry for entry in reversed(by_size) if entry.bpw is not None and entry.bpw <= 5), by_size[0])
 
@@ -270,9 +239,17 @@ def _row(
         same_top=plus_minus(mine.same_top_p, factor=100, unit="%") if mine else NOTHING,
         ppl=plus_minus(_minus_one(mine.ppl_ratio), factor=100, unit="%", signed=True) if mine else NOTHING,
         about=separator.join(told),
-        status=words.gettext("complete") if mine or not is_model else words.gettext("not measured"),
+        status=_status(entry, manifest, mine, words),
         split="/" in entry.name,
     )
+
+
+def _status(entry: FileEntry, manifest: Manifest, mine: Quality | None, words: NullTranslations) -> str:
+    if mine is not None or entry.kind != "model":
+        return words.gettext("complete")
+    if entry.name in gates.failures(manifest):
+        return words.gettext("no figures")
+    return words.gettext("not measured")
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
@@ -341,6 +318,8 @@ def _sentences(
     elif mine is not None:
         told.append(words.gettext("Δp %(rms)s RMS.") % {"rms": plus_minus(mine.delta_p_rms, factor=100, unit="%")})
         told += _rank_sentences(entry, manifest, quality, words)
+    if (verdict := gates.verdicts(manifest).get(entry.name)) is not None:
+        told.append(_held_sentence(verdict, manifest, words))
     if manifest.model.qat and entry.recipe == "Q4_0":
         told.append(words.gettext("The type this checkpoint was trained for."))
     return told
@@ -417,6 +396,20 @@ def _rank_sentences(
     if is_on_frontier(entry, manifest):
         return [words.gettext("Nothing smaller is closer.")]
     return []
+
+
+def _held_sentence(verdict: gates.Verdict, manifest: Manifest, words: NullTranslations) -> str:
+    """Why the quality gate holds a file back."""
+    if verdict.kld is None or verdict.bound is None:
+        return words.gettext("⛔ Broken: it gives no finite figures.")
+    facts = {"kld": plus_minus(verdict.kld), "bound": f"{verdict.bound:g}"}
+    if verdict.than is None:
+        return words.gettext("⛔ Out of line: KLD %(kld)s is above %(bound)s nats.") % facts
+    facts |= {"ratio": f"{manifest.gates.max_kld_ratio:g}", "other": str(verdict.than.recipe)}
+    text = words.gettext(
+        "⛔ Out of line: KLD %(kld)s is more than %(ratio)s times that of %(other)s, which is smaller."
+    )
+    return text % facts
 
 
 # --- smaller tables -----------------------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ from gemma_gguf.manifest import (
     ContextMemory,
     Coverage,
     Evidence,
+    Failed,
     FileEntry,
+    GateFacts,
+    GridFit,
     ImatrixFacts,
     KernelFacts,
     Manifest,
@@ -30,13 +33,14 @@ from gemma_gguf.manifest import (
     Picture,
     PromptExample,
     PromptFacts,
+    QatFacts,
     Quality,
     Sampling,
     Speed,
     StageRecord,
     Support,
 )
-from tests.examples import STEM, example, sha
+from tests.examples import STEM, example, failed, qat, sha
 
 REPAIR = "Restore it, or delete it and run the same command again: the set is made anew."
 # Where each model stands in the example's JSON; fields are tried out in all of them.
@@ -53,8 +57,12 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Evidence, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"))),
     (Quality, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality")),
     (Measured, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality", "kld")),
+    (Failed, ("evidence", sha("a broken file"), "failed")),
     (Speed, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "speed")),
     (Coverage, ("imatrix", "coverage", 0)),
+    (QatFacts, ("qat",)),
+    (GridFit, ("qat", "grid", 0)),
+    (GateFacts, ("gates",)),
     (ContextFacts, ("context",)),
     (CacheGroup, ("context", "cache", 1)),
     (ContextMemory, ("context", "measured", 0)),
@@ -77,7 +85,8 @@ FIELDS = [
 
 
 def _raw() -> dict[str, Any]:
-    raw = json.loads(example().model_dump_json())
+    evidence = {**example().evidence, sha("a broken file"): failed()}
+    raw = json.loads(example().model_copy(update={"qat": qat(), "evidence": evidence}).model_dump_json())
     assert isinstance(raw, dict)
     return raw
 
@@ -140,9 +149,12 @@ def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
 
 
 def test_a_manifest_from_before_the_kernels_is_read(tmp_path: Path) -> None:
-    raw = _raw()
+    raw = json.loads(example().model_dump_json())
     raw["schema_version"] = 2
-    del raw["kernels"]
+    for field in ("kernels", "qat", "pins", "gates"):
+        del raw[field]
+    for found in raw["evidence"].values():
+        del found["failed"]
     assert _load(tmp_path, raw) == example().model_copy(update={"kernels": None})
 
 
