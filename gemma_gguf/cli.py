@@ -18,6 +18,7 @@ from gemma_gguf import (
     batch,
     calibration,
     card,
+    coverage,
     demo,
     evaluate,
     evidence,
@@ -29,6 +30,7 @@ from gemma_gguf import (
     manifest,
     planning,
     proof,
+    qat,
     recipes,
     settings,
     source,
@@ -211,6 +213,21 @@ _set_options = _with_options(
     click.option("--chunks", type=click.IntRange(1), help="Use only the first N chunks of it (default: all)."),
     click.option("--imatrix", type=click.Path(path_type=Path, dir_okay=False), help="Use this imatrix; compute none."),
     click.option(
+        "--pin-uncovered",
+        type=click.Choice(coverage.PIN_TYPES, case_sensitive=False),
+        help="Raise tensors for which the imatrix has no data to this type, in the recipes that would use it.",
+    ),
+    click.option(
+        "--qat/--no-qat",
+        default=None,
+        help="The checkpoint was trained for Q4_0, or was not (default: as its name and card say).",
+    ),
+    click.option(
+        "--qat-embedding",
+        type=click.Choice(qat.EMBEDDINGS, case_sensitive=False),
+        help="Type of the embedding in the Q4_0 file of a QAT checkpoint (at first: Q6_K).",
+    ),
+    click.option(
         "--base",
         type=click.Path(path_type=Path, dir_okay=False),
         help="Use this BF16, F16 or F32 GGUF; convert nothing.",
@@ -334,6 +351,9 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         bench=_bench(given.get("bench")),
         reference=given["reference"],
         bounds=_bounds(given),
+        qat=given["qat"],
+        qat_embedding=given["qat_embedding"],
+        pin_uncovered=given["pin_uncovered"],
         until=until,
         rehash=given["rehash"],
         wait=given["wait"],
@@ -352,6 +372,8 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
     report = factory.run(options, progress=console.progress, say=console.did)
     console.report(report)
     facts = manifest.load(report.set_dir)
+    if until == "imatrix" and facts.imatrix is not None:
+        console.table(coverage.COLUMNS, coverage.layer_rows(facts.imatrix.coverage), right=range(6))
     console.document(
         {
             "set_dir": str(report.set_dir),

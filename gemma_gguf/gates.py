@@ -45,13 +45,12 @@ def qualities(manifest: Manifest) -> dict[str, Quality]:
 
 
 def failures(manifest: Manifest) -> dict[str, str]:
-    """{file name: why} of the models that gave no figures against the base of this set."""
-    base, found = base_sha256(manifest), {}
+    """{file name: why} of the models that gave no finite figures, whatever they were compared with."""
+    found: dict[str, str] = {}
     for entry in manifest.files:
         evidence = manifest.evidence.get(entry.sha256)
-        failed = evidence.failed if evidence is not None and entry.kind == "model" else None
-        if failed is not None and base in (None, failed.base_sha256):
-            found[entry.name] = failed.why
+        if entry.kind == "model" and evidence is not None and evidence.failed is not None:
+            found[entry.name] = evidence.failed.why
     return found
 
 

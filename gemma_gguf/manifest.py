@@ -168,6 +168,7 @@ class FileEntry(_Model):
     about: str | None  # what the recipe is
     ftype: str | None  # what llama-quantize was told, beside `flags`
     flags: list[str]
+    static: bool  # made without the set's imatrix
     state: Literal["local"]
     n_bytes: Count
     sha256: Sha256
@@ -191,6 +192,7 @@ class FileEntry(_Model):
             flags=tuple(self.flags),
             parent=self.parent,
             about=self.about or "",
+            static=self.static,
         )
 
 
@@ -303,7 +305,7 @@ class QatFacts(_Model):
 
     said_by: Literal["checkpoint", "--qat"]
     embedding: Literal["Q6_K", "Q8_0"]  # of the Q4_0 file
-    verdict: Literal["ggml", "free", "near", "none"]  # whose scales the grid fits: see `qat.verdict`
+    verdict: Literal["ggml", "free", "near", "none"] | None  # what the weights lie on: see `qat.verdict`; None: not yet
     grid: list[GridFit]
 
 
@@ -492,7 +494,8 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
                 for sha256, found in evidence.items()
             },
         }
-    added = {"kernels": None, "custom_recipes": [], "qat": None, "pins": {}, "gates": DEFAULT_GATES.model_dump()}
+    added: dict[str, Any] = {"kernels": None, "custom_recipes": [], "qat": None, "pins": {}}
+    added["gates"] = DEFAULT_GATES.model_dump()
     return {**added, **raw, "schema_version": SCHEMA_VERSION}
 
 
@@ -500,7 +503,7 @@ def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
     """Before there were custom recipes, the name alone said how a file was made."""
     name = entry.get("recipe")
     row = TABLE.get(name) if isinstance(name, str) else None
-    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], **entry}
+    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], "static": False, **entry}
 
 
 def _no_constant(name: str) -> float:

@@ -19,6 +19,7 @@ from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import (
     Done,
     Run,
+    adapted,
     file_name,
     kernels_for,
     new_entry,
@@ -55,7 +56,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
             todo.append((recipe, key, reason))
     _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
     plans: dict[str, FilePlan] = {}
-    parents = {recipes.TABLE[recipe.parent] for recipe, _, _ in todo if recipe.parent}
+    parents = {adapted(recipes.TABLE[recipe.parent], state.manifest) for recipe, _, _ in todo if recipe.parent}
     to_plan = {*(recipe for recipe, _, _ in todo if not recipe.is_base), *parents}
     for done, recipe in enumerate(sorted(to_plan, key=lambda recipe: recipe.name)):
         state.progress("planning", done, len(to_plan), "recipes")
@@ -65,7 +66,8 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
             _link_base_row(state, recipe, key, reason)
     made = [_Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
     if made:
-        inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
+        changes = [[r.name, list(r.flags), r.static] for r in wanted if r != recipes.TABLE.get(r.name)]
+        inputs = sha256_json([base_sha, imatrix_sha, state.build.key, changes])
         for finished in _make(state, header, made, inputs):
             take_away(state, finished)
     elif state.options.proves:
@@ -74,7 +76,8 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
 
 def _quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
     """Hash of everything a quant's bytes depend on."""
-    return sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
+    used = "static" if recipe.static else imatrix_sha
+    return sha256_json(["quantize", base_sha, used, recipe.ftype, list(recipe.flags), state.build.key])
 
 
 def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -> None:
@@ -85,7 +88,9 @@ def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -
     kept: list[FileEntry] = []
     for entry in state.manifest.files:
         stale = entry.kind == "model" and entry.recipe not in wanted
-        if stale and entry.key != _quant_key(state, entry.as_recipe(), base_sha, imatrix_sha):
+        # A static file is one of a QAT set alone.
+        of_this_kind = entry.static == (entry.ftype == "Q4_0" and state.manifest.qat is not None)
+        if stale and not (of_this_kind and entry.key == _quant_key(state, entry.as_recipe(), base_sha, imatrix_sha)):
             why = "made from another base, imatrix or build: left out of the set"
             state.did(Done("quantize", entry.name, False, why, 0.0))
         else:

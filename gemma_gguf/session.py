@@ -21,6 +21,7 @@ from gemma_gguf import (
     calibration,
     card,
     convert,
+    coverage,
     fanout,
     gates,
     gguf_io,
@@ -29,6 +30,7 @@ from gemma_gguf import (
     llama_cpp,
     manifest,
     plan,
+    qat,
     quantize,
     recipes,
     source,
@@ -39,6 +41,7 @@ from gemma_gguf.evaluate import DISK_BUDGET as EVAL_DISK_BUDGET
 from gemma_gguf.files import (
     HashMemory,
     locked,
+    sha256_json,
     write_atomic,
 )
 from gemma_gguf.kernel_check import Checked
@@ -111,6 +114,9 @@ class Options:
     bench: tuple[str, ...] | None = None  # recipes whose speed is measured, `("all",)` or `("none",)`
     reference: str | None = None  # a recipe that stands in for a base too large to run
     bounds: gates.Bounds = gates.AS_RECORDED  # of the quality gate
+    qat: bool | None = None  # whether the checkpoint was trained for Q4_0; None: what its own files say
+    qat_embedding: str | None = None
+    pin_uncovered: str | None = None  # type for tensors without imatrix data
     until: str = "card"
     rehash: bool = False
     wait: bool = False
@@ -164,6 +170,7 @@ class Run:
     say: Callable[[Done], None]
     take_away: Callable[[Path], None] | None
     manifest: Manifest
+    plans: dict[str, FilePlan] = field(default_factory=dict)  # by what was asked: a dry run reads the whole header
 
     @property
     def stem(self) -> str:
@@ -328,7 +335,6 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
     facts: dict[str, Any] = {
         "tool_version": gemma_gguf.__version__,
         "stem": name.stem,
-        "model": found.facts,
         "llama_cpp": _build_facts(build),
     }
     wanted = known_recipes(options.recipes, options.custom)
@@ -338,11 +344,17 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         for recipe in wanted
         if recipe in options.custom
     ]
+
+    def qat_facts(old: manifest.QatFacts | None) -> manifest.QatFacts | None:
+        return qat.facts_for(found.facts.qat, options.qat, options.qat_embedding, old)
+
+    facts["model"] = found.facts.model_copy(update={"qat": qat_facts(None) is not None})
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
         # A manifest never names a file that is not there.
         facts["card"] = options.card.chosen(old.card, name.stem)
         facts["gates"] = options.bounds.chosen(old.gates)
+        facts["qat"] = qat_facts(old.qat)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
             facts |= {"recipes": asked, "custom_recipes": own}
         return old.model_copy(update={**facts, "files": [e for e in old.files if (set_dir / e.name).is_file()]})
@@ -356,7 +368,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         custom_recipes=own,
         files=[],
         card=options.card.chosen(manifest.DEFAULT_CARD, name.stem),
-        qat=None,
+        qat=qat_facts(None),
         pins={},
         gates=options.bounds.chosen(manifest.DEFAULT_GATES),
         evidence={},
@@ -426,19 +438,32 @@ def probe_text(state: Run) -> Path:
 
 
 def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
-    return recipes.select(state.options.recipes, state.offered, state.options.custom)
+    """The recipes that were asked for, as this set makes them."""
+    chosen = recipes.select(state.options.recipes, state.offered, state.options.custom)
+    return tuple(adapted(recipe, state.manifest) for recipe in chosen)
+
+
+def adapted(recipe: Recipe, facts: Manifest) -> Recipe:
+    """A recipe of the table as a set makes it: a QAT set's static Q4_0, tensors raised for want of imatrix data."""
+    return coverage.pinned(qat.applied(recipe, facts.qat), facts.pins.get(recipe.name, {}))
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:
-    return quantize.plan_recipe(
-        state.build,
-        recipe,
-        f"../{WORK}/{state.stem}/{state.base.name}",
-        imatrix=imatrix.file_name(state.stem) if with_imatrix else None,
-        n_tensors=len(header.tensors),
-        cwd=state.set_dir,
-        log=state.log,
-    )
+    """What llama-quantize would make of a recipe with the set's imatrix, or without; asked once."""
+    used = state.set_dir / imatrix.file_name(state.stem) if with_imatrix and not recipe.static else None
+    digests = [state.memory.sha256(path) for path in (state.base, used) if path is not None]
+    key = sha256_json([recipe.name, recipe.ftype, list(recipe.flags), recipe.static, digests])
+    if key not in state.plans:
+        state.plans[key] = quantize.plan_recipe(
+            state.build,
+            recipe,
+            f"../{WORK}/{state.stem}/{state.base.name}",
+            imatrix=used.name if used else None,
+            n_tensors=len(header.tensors),
+            cwd=state.set_dir,
+            log=state.log,
+        )
+    return state.plans[key]
 
 
 def file_name(state: Run, recipe: Recipe) -> str:
@@ -465,6 +490,7 @@ def new_entry(
         about=recipe.about if recipe else None,
         ftype=recipe.ftype if recipe else None,
         flags=list(recipe.flags) if recipe else [],
+        static=recipe.static if recipe else False,
         state="local",
         n_bytes=header.file_size,
         sha256=state.memory.sha256(path),

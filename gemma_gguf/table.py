@@ -312,6 +312,13 @@ def _sentences(
         told.append(_what_it_is(about, entry.parent, words))
         told += _large_sentences(entry, manifest, quality, words)
     told += _fallback_sentences(entry, words)
+    if pinned := manifest.pins.get(entry.recipe or ""):
+        text = words.ngettext(
+            "%(n)d tensor without imatrix data is raised to %(kind)s.",
+            "%(n)d tensors without imatrix data are raised to %(kind)s.",
+            len(pinned),
+        )
+        told.append(text % {"n": len(pinned), "kind": ", ".join(sorted(set(pinned.values())))})
     mine = quality.get(entry.name)
     if mine is not None and entry.recipe == "bf16":
         told.append(words.gettext("The base that every figure compares with; its own figures are the noise floor."))
@@ -322,6 +329,8 @@ def _sentences(
         told.append(_held_sentence(verdict, manifest, words))
     if manifest.model.qat and entry.recipe == "Q4_0":
         told.append(words.gettext("The type this checkpoint was trained for."))
+        if manifest.qat is not None:
+            told.append(words.gettext("Made without the imatrix."))
     return told
 
 
