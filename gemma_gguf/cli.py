@@ -18,17 +18,20 @@ from gemma_gguf import (
     batch,
     calibration,
     card,
+    coverage,
     demo,
     embedding,
     evaluate,
     evidence,
     factory,
     fanout,
+    gates,
     kernel_check,
     llama_cpp,
     manifest,
     planning,
     proof,
+    qat,
     recipes,
     refresh,
     session,
@@ -161,6 +164,25 @@ _evaluation_options = _with_options(
         metavar="all|none|A,B,...",
         help=f"Recipes whose speed is measured (default: {', '.join(evaluate.BENCH_DEFAULT)}).",
     ),
+    click.option(
+        "--max-kld",
+        type=click.FloatRange(0, min_open=True),
+        metavar="NATS",
+        help=f"Hold back files whose KL divergence is above this (at first: {manifest.DEFAULT_GATES.max_kld:g}).",
+    ),
+    click.option(
+        "--max-kld-ratio",
+        type=click.FloatRange(1),
+        metavar="TIMES",
+        help="Hold back files whose KL divergence is above so many times that of a smaller one "
+        f"(at first: {manifest.DEFAULT_GATES.max_kld_ratio:g}).",
+    ),
+    click.option(
+        "--max-kld-errors",
+        type=click.FloatRange(0),
+        metavar="N",
+        help=f"... by more than N standard errors (at first: {manifest.DEFAULT_GATES.errors:g}).",
+    ),
 )
 _set_options = _with_options(
     click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
@@ -194,6 +216,21 @@ _set_options = _with_options(
     ),
     click.option("--chunks", type=click.IntRange(1), help="Use only the first N chunks of it (default: all)."),
     click.option("--imatrix", type=click.Path(path_type=Path, dir_okay=False), help="Use this imatrix; compute none."),
+    click.option(
+        "--pin-uncovered",
+        type=click.Choice(coverage.PIN_TYPES, case_sensitive=False),
+        help="Raise tensors for which the imatrix has no data to this type, in the recipes that would use it.",
+    ),
+    click.option(
+        "--qat/--no-qat",
+        default=None,
+        help="The checkpoint was trained for Q4_0, or was not (default: as its name and card say).",
+    ),
+    click.option(
+        "--qat-embedding",
+        type=click.Choice(qat.EMBEDDINGS, case_sensitive=False),
+        help="Type of the embedding in the Q4_0 file of a QAT checkpoint (at first: Q6_K).",
+    ),
     click.option(
         "--base",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -286,6 +323,10 @@ def _bench(text: str | None) -> tuple[str, ...] | None:
     return names or None
 
 
+def _bounds(given: Mapping[str, Any]) -> gates.Bounds:
+    return gates.Bounds(given.get("max_kld"), given.get("max_kld_ratio"), given.get("max_kld_errors"))
+
+
 def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
     configured = _loaded().settings
@@ -317,6 +358,10 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         eval_disk_budget=given.get("eval_disk_budget", evaluate.DISK_BUDGET),
         bench=_bench(given.get("bench")),
         reference=given["reference"],
+        bounds=_bounds(given),
+        qat=given["qat"],
+        qat_embedding=given["qat_embedding"],
+        pin_uncovered=given["pin_uncovered"],
         until=until,
         rehash=given["rehash"],
         wait=given["wait"],
@@ -336,6 +381,8 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
     report = factory.run(options, progress=console.progress, say=console.did)
     console.report(report)
     facts = manifest.load(report.set_dir)
+    if until == "imatrix" and facts.imatrix is not None:
+        console.table(coverage.COLUMNS, coverage.layer_rows(facts.imatrix.coverage), right=range(6))
     console.document(
         {
             "set_dir": str(report.set_dir),
@@ -551,6 +598,7 @@ def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> No
             reference=given["reference"],
             threads=given["threads"],
             gpu_layers=given["gpu_layers"],
+            bounds=_bounds(given),
         ),
         given["llama_cpp_spec"],
         backend=given["backend"],

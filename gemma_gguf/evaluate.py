@@ -23,10 +23,10 @@ import numpy as np
 from gemma_gguf import chat, scoring
 from gemma_gguf.calibration import Conversation, Text
 from gemma_gguf.embedding import Lines, Vectors, similarity
-from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, NoFiguresError, ToolFailedError, VerificationError
 from gemma_gguf.files import make_directory, sha256_bytes, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, cpu_name, cpu_threads, run_tool
-from gemma_gguf.manifest import FileEntry, Measured, Quality, Similarity, Speed
+from gemma_gguf.manifest import Failed, FileEntry, Measured, Quality, Similarity, Speed
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
@@ -138,8 +138,8 @@ class Against:
     gpu_layers: int
     other_builds: frozenset[str] = frozenset()  # whose measurements of unchanged files were kept
 
-    def measured(self, quality: Quality | None) -> bool:
-        """Whether a quality that is known already is of just this base, text, depth and build."""
+    def measured(self, quality: Quality | Failed | None) -> bool:
+        """Whether a quality, or its want, that is known already is of just this base, text, depth and build."""
         return (
             quality is not None
             and (
@@ -152,6 +152,19 @@ class Against:
             == (self.base_sha256, self.material.sha256, self.material.mode, CHUNK_TOKENS, self.n_chunks)
             and (quality.build in {self.build.key, *self.other_builds})
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `Quality` and `Failed` say of how it was measured."""
+        return {
+            "base_sha256": self.base_sha256,
+            "text": self.material.name,
+            "text_sha256": self.material.sha256,
+            "mode": self.material.mode,
+            "chunk_size": CHUNK_TOKENS,
+            "n_chunks": self.n_chunks,
+            "build": self.build.key,
+        }
 
     @property
     def settings(self) -> dict[str, object]:
@@ -191,7 +204,7 @@ def comparing(
     log: RunLog,
     progress: Progress = silent,
 ) -> Iterator[Callable[[Path], Quality]]:
-    """A function that measures a file.
+    """A function that measures a file; it raises `NoFiguresError` for one whose logits are not finite.
 
     `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last. The base's
     distributions are written with the first file, unless they take more than `disk_budget` bytes or would
@@ -216,8 +229,9 @@ def comparing(
             on_progress=lambda done, total: progress(label, done, total, "chunks"),
         )
         if "error" in answer:
-            raise VerificationError(
+            raise NoFiguresError(
                 f"{model} cannot be measured: {answer['error']}",
+                why=answer["error"],
                 next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
                 log=log.path,
             )
@@ -228,16 +242,7 @@ def comparing(
         if stored and not logits.exists():
             ask("base_logits", against.base, "reading the text with the base", place)
         answer = ask("score", file, f"evaluating {file.stem}", place)
-        return Quality(
-            base_sha256=against.base_sha256,
-            text=against.material.name,
-            text_sha256=against.material.sha256,
-            mode=against.material.mode,  # type: ignore[arg-type] # pydantic checks it
-            chunk_size=CHUNK_TOKENS,
-            n_chunks=against.n_chunks,
-            build=against.build.key,
-            **answer,
-        )
+        return Quality(**against.facts, **answer)
 
     try:
         write_atomic(text, against.material.data)

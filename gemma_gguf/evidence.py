@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma_gguf import calibration, embedding, evaluate, gemma, gguf_io, llama_cpp, manifest
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf import calibration, embedding, evaluate, gates, gemma, gguf_io, llama_cpp, manifest
+from gemma_gguf.errors import BadInputError, NoFiguresError, VerificationError
 from gemma_gguf.evaluate import Against, Material
 from gemma_gguf.files import HashMemory, sha256_json
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
+from gemma_gguf.manifest import Evidence, Failed, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Run, base_places, open_work
 
-NOTHING = Evidence(quality=None, similarity=None, speed=None)
+NOTHING = Evidence(quality=None, failed=None, similarity=None, speed=None)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Measuring:
     reference: str | None = None  # a recipe that stands in for the base
     threads: int | None = None
     gpu_layers: int = 0
+    bounds: gates.Bounds = gates.AS_RECORDED
 
     def argv(self) -> list[str]:
         """The options that say the same to `gemma-gguf evaluate`."""
@@ -61,18 +62,24 @@ class _Set:
     say: Callable[[Done], None]
     whole: bool = True  # every file of the manifest must be there; not so while they are taken away, wave by wave
 
-    def note(self, sha256: str, measured: Quality | Similarity | Speed) -> None:
+    def note(self, sha256: str, measured: Quality | Failed | Similarity | Speed) -> None:
         """Write down what was measured of the bytes with this hash; the rest of the evidence stays."""
-        part = {Quality: "quality", Similarity: "similarity", Speed: "speed"}[type(measured)]
-        new = self.manifest.evidence.get(sha256, NOTHING).model_copy(update={part: measured})
+        part = {Quality: "quality", Failed: "failed", Similarity: "similarity", Speed: "speed"}[type(measured)]
+        # A file has figures, or a reason why it has none.
+        cleared = {"quality": None, "failed": None} if part in ("quality", "failed") else {}
+        new = self.manifest.evidence.get(sha256, NOTHING).model_copy(update={**cleared, part: measured})
         self.record(self.manifest.model_copy(update={"evidence": {**self.manifest.evidence, sha256: new}}))
 
     def record(self, new: Manifest) -> None:
-        self.manifest = new
-        manifest.save(new, self.directory)
+        self.manifest = gates.recorded(new)
+        manifest.save(self.manifest, self.directory)
 
     def known(self, sha256: str) -> Evidence:
         return self.manifest.evidence.get(sha256, NOTHING)
+
+    def tried(self, sha256: str) -> Quality | Failed | None:
+        """The quality of these bytes, or why they have none, as far as that is known."""
+        return self.known(sha256).quality or self.known(sha256).failed
 
 
 def evaluate_run(state: Run) -> None:
@@ -96,6 +103,7 @@ def evaluate_run(state: Run) -> None:
         reference=options.reference,
         threads=options.threads,
         gpu_layers=options.gpu_layers,
+        bounds=options.bounds,
     )
     try:
         _measure(these, how)
@@ -135,6 +143,8 @@ def evaluate_set(
 
 def _measure(these: _Set, how: Measuring) -> None:
     started = time.monotonic()
+    chosen_bounds = how.bounds.chosen(these.manifest.gates)
+    these.record(these.manifest.model_copy(update={"gates": chosen_bounds}))
     present = _present(these)
     base, base_sha256 = _base(these, present, how.reference)
     chosen = evaluate.bench_choice(present, how.bench)
@@ -155,6 +165,8 @@ def _measure(these: _Set, how: Measuring) -> None:
         argv = ["gemma-gguf", "evaluate", these.directory.name, *how.argv()]
         stage = StageRecord(key=key, argv=[argv], seconds=round(seconds, 2), outputs={})
         these.record(these.manifest.model_copy(update={"evidence": kept}).with_stage("evaluate", stage))
+    for name, verdict in gates.verdicts(these.manifest).items():
+        these.say(Done("gate", name, False, str(verdict), 0.0))
 
 
 def _present(these: _Set) -> list[FileEntry]:
@@ -247,13 +259,13 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
     names = {base_sha256: base.name} | _names(present)
     paths = {entry.sha256: these.directory / entry.name for entry in present} | {base_sha256: base}
     n_vocab = 0
-    if not all(against.measured(these.known(sha256).quality) for sha256 in names):
+    if not all(against.measured(these.tried(sha256)) for sha256 in names):
         n_available, n_vocab = evaluate.count_chunks(these.build, base, material, these.work, these.log)
         against = replace(against, n_chunks=min(against.n_chunks, n_available))
     with contextlib.ExitStack() as stack:
         measure: Callable[[Path], Quality] | None = None
         for sha256, name in names.items():
-            known = these.known(sha256).quality
+            known = these.tried(sha256)
             if known is not None and against.measured(known):
                 why = f"the same file, base, text and build: {_shown(known)}"
                 these.say(Done("evaluate", name, False, why, 0.0))
@@ -270,7 +282,13 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
                     )
                 )
             begun = time.monotonic()
-            quality = measure(paths[sha256])
+            quality: Quality | Failed
+            try:
+                quality = measure(paths[sha256])
+            except NoFiguresError as error:
+                if sha256 == base_sha256:  # then nothing can be compared
+                    raise
+                quality = Failed(**against.facts, why=error.why)
             these.note(sha256, quality)
             these.say(Done("evaluate", name, True, _shown(quality), time.monotonic() - begun))
     return sha256_json(["evaluate", base_sha256, material.sha256, material.mode, against.n_chunks, these.build.key])
@@ -320,7 +338,9 @@ def _shown_similarity(found: Similarity) -> str:
     )
 
 
-def _shown(quality: Quality) -> str:
+def _shown(quality: Quality | Failed) -> str:
+    if isinstance(quality, Failed):
+        return f"no finite figures: {quality.why}"
     ppl, kld, same = quality.ppl, quality.kld, quality.same_top_p
     return (
         f"PPL {ppl.value:.4f} ± {ppl.se or 0:.4f}, KLD {kld.value:.6f} ± {kld.se or 0:.6f}, "

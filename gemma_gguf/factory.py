@@ -8,16 +8,19 @@ here and return values to here.
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import (
     calibration,
     card,
     chat,
     convert,
+    coverage,
     embedding,
     evidence,
     gemma,
@@ -27,11 +30,14 @@ from gemma_gguf import (
     manifest,
     memory,
     pictures,
+    plan,
     planning,
     production,
     prompts,
     publishing,
+    qat,
     quantize,
+    recipes,
     source,
     survey,
     verify,
@@ -66,6 +72,7 @@ from gemma_gguf.session import (
     Report,
     Run,
     calibration_text,
+    fitted,
     new_entry,
     open_run,
     plan_recipe,
@@ -138,6 +145,7 @@ def remake(state: Run, *, new_imatrix: bool) -> None:
 def _convert_and_describe(state: Run) -> None:
     _convert(state)
     _describe(state)
+    _fit_grid(state)
 
 
 def _convert(state: Run) -> None:
@@ -239,6 +247,27 @@ def _describe(state: Run) -> None:
     state.record(new.with_stage("describe", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
 
 
+def _fit_grid(state: Run) -> None:
+    """Of a QAT checkpoint: how its weights lie on the grid of Q4_0. Ordinary weights under such a name are refused."""
+    facts = state.manifest.qat
+    if facts is None:
+        return
+    key = sha256_json(["qat", 1, state.memory.sha256(state.base), state.build.key])
+    why = None if facts.verdict is None else stage_is_done(state, "qat", key)
+    if why is None:
+        started = time.monotonic()
+        header = gguf_io.read_header(state.base)
+        (q4_0,) = recipes.select(["Q4_0"], state.offered)
+        asked = plan_recipe(state, qat.applied(q4_0, facts), header, with_imatrix=False)
+        grid = qat.measure(header, asked, state.progress)
+        facts = facts.model_copy(update={"grid": grid, "verdict": qat.verdict(grid)})
+        seconds = round(time.monotonic() - started, 2)
+        record = StageRecord(key=key, argv=[], seconds=seconds, outputs={})
+        state.record(state.manifest.model_copy(update={"qat": facts}).with_stage("qat", record))
+    state.did(Done("qat", "Q4_0 grid", False, qat.summary(facts), 0.0))
+    qat.refuse_ordinary_weights(state.source.name.model, facts)
+
+
 def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory]:
     """What llama.cpp says of contexts of the base; nothing where it cannot be asked, and cards say so."""
     if state.build.bindings is None:
@@ -272,13 +301,60 @@ def _renderer(header: gguf_io.Header) -> prompts.Render:
 
 
 def _imatrix(state: Run) -> None:
+    _have_imatrix(state)
+    _cover(state)
+
+
+def _cover(state: Run) -> None:
+    """Every wanted recipe gets the data it uses, or tensors are raised as asked, or the run ends here."""
+    path = state.set_dir / imatrix.file_name(state.stem)
+    made, header = imatrix.read(path), gguf_io.read_header(state.base)
+    # What is raised is decided anew, but for recipes that are not asked for now.
+    names = {recipe.name for recipe in wanted_recipes(state)}
+    kept = {recipe: tensors for recipe, tensors in state.manifest.pins.items() if recipe not in names}
+    state.manifest = state.manifest.model_copy(update={"pins": kept})
+    unread, pin = frozenset(gemma.unread_tensors(header)), state.options.pin_uncovered
+    safe = GGMLQuantizationType[pin] if pin else None
+    plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
+    found = coverage.gaps(made, header, plans, unread=unread)
+    pins: dict[str, dict[str, str]] = {}
+    if found and safe is not None:
+        pins = coverage.pins(found, plans, safe)
+        state.manifest = state.manifest.model_copy(update={"pins": {**kept, **pins}})
+        plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
+        found = coverage.gaps(made, header, plans, unread=unread, safe=safe)
+    for gap in found:
+        state.log.note(f"{path.name}: {gap.tensor} {gap.what}; used by {', '.join(gap.recipes)}")
+    if found:
+        wanted = [recipe.name for recipe in wanted_recipes(state)]
+        given = state.options.imatrix is not None
+        raise coverage.refusal(path, found, wanted, given=given, pin=pin)
+    state.record(state.manifest)
+    for recipe, tensors in pins.items():
+        state.did(Done("coverage", recipe, False, f"without data, raised to {pin}: {', '.join(sorted(tensors))}", 0.0))
+    unseen = [(row.kind, n, row.layers[i]) for row in imatrix.coverage(made) for i, n in enumerate(row.unseen) if n]
+    if unseen:
+        shown = ", ".join(f"{n} of blk.{layer}.{kind}" for kind, n, layer in unseen[: coverage.SHOWN])
+        more = f" and of {len(unseen) - coverage.SHOWN} more tensors" if len(unseen) > coverage.SHOWN else ""
+        why = f"no token reached {shown}{more}: their columns count the same"
+        state.did(Done("coverage", f"{sum(n for _, n, _ in unseen)} experts", False, why, 0.0))
+
+
+def _plans_of(state: Run, header: gguf_io.Header) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
+    """What llama-quantize would make of every wanted recipe with the imatrix."""
+    wanted = [recipe for recipe in fitted(state, wanted_recipes(state), header) if not recipe.is_base]
+    for done, recipe in enumerate(wanted):
+        state.progress("planning", done, len(wanted), "recipes")
+        yield recipe, plan_recipe(state, recipe, header, with_imatrix=True)
+
+
+def _have_imatrix(state: Run) -> None:
     options = state.options
     final = state.set_dir / imatrix.file_name(state.stem)
     base_sha = state.memory.sha256(state.base)
     header = gguf_io.read_header(state.base)
-    needed = _needs_imatrix(state, header)
     if options.imatrix is not None:
-        _given_imatrix(state, options.imatrix, final, header=header, needed=needed, base_sha=base_sha)
+        _given_imatrix(state, options.imatrix, final, header=header, base_sha=base_sha)
         return
     text = _calibration_text(state, header)
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
@@ -327,7 +403,7 @@ def _imatrix(state: Run) -> None:
     )
     try:
         made = imatrix.read(computed)
-        imatrix.check(made, header, needed, n_chunks=n_chunks or seen)
+        imatrix.check(made, header, n_chunks=n_chunks or seen)
     except (BadInputError, VerificationError):
         shutil.rmtree(parts)  # so that the same command computes it again
         raise
@@ -396,12 +472,10 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     return model, True
 
 
-def _given_imatrix(
-    state: Run, given: Path, final: Path, *, header: gguf_io.Header, needed: Sequence[str], base_sha: str
-) -> None:
+def _given_imatrix(state: Run, given: Path, final: Path, *, header: gguf_io.Header, base_sha: str) -> None:
     """Use the user's own imatrix after the same checks."""
     made = imatrix.read(given)
-    imatrix.check(made, header, needed)
+    imatrix.check(made, header)
     key = sha256_json(["imatrix", base_sha, state.memory.sha256(given)])
     if stage_is_done(state, "imatrix", key) is None:
         partial = partial_path(final, state.work)
@@ -456,21 +530,6 @@ def _record_imatrix(
         key=key, argv=[entry.argv] if argv else [], seconds=round(seconds, 2), outputs={final.name: entry.sha256}
     )
     state.record(new.with_stage("imatrix", stage))
-
-
-def _needs_imatrix(state: Run, header: gguf_io.Header) -> list[str]:
-    """Tensors of the blocks that llama-quantize will quantise: all of them must have data.
-
-    One recipe is asked for, without an imatrix: both change types, not which tensors are quantised. Embeddings and
-    output are quantised without one by llama.cpp's own rule.
-    """
-    recipe = next((recipe for recipe in wanted_recipes(state) if not recipe.is_base), None)
-    if recipe is None:
-        return []
-    asked = plan_recipe(state, recipe, header, with_imatrix=False)
-    unread = set(gemma.unread_tensors(header))
-    quantised = [tensor.name for tensor in asked.tensors if tensor.is_quantized and tensor.name.startswith("blk.")]
-    return [name for name in quantised if name not in unread]
 
 
 # --- quantize -----------------------------------------------------------------------------------------------------

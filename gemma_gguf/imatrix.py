@@ -7,7 +7,7 @@ ten chunks, so completeness is read from the content.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,11 +199,10 @@ def _refuse_size(header: Header) -> None:
         raise BadInputError(f"{header.path} has {header.file_size:,} bytes, more than the {MAX_BYTES:,} that are read")
 
 
-def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: int | None = None) -> None:
-    """Refuse an imatrix that is incomplete, broken, or of another model.
+def check(imatrix: Imatrix, base: Header, *, n_chunks: int | None = None) -> None:
+    """Refuse an imatrix that is incomplete or of another model; `coverage.gaps` says what is missing in it.
 
-    `needed` are the tensors that will be quantised by it, `n_chunks` how many chunks it must have seen. Raises
-    `VerificationError` that names the first offending tensors.
+    `n_chunks` is how many chunks it must have seen. Raises `VerificationError` that names the first offending tensor.
     """
     if n_chunks is not None and imatrix.n_chunks != n_chunks:
         raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
@@ -216,17 +215,6 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
                 + ("is not a tensor of this one" if tensor is None else _shape_there(entry, experts)),
                 next_step="Use the imatrix of this very model, or leave --imatrix out to compute one.",
             )
-        if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-            raise VerificationError(
-                f"{imatrix.path} holds NaN or Inf for {name}", next_step="Compute it again: leave --imatrix out."
-            )
-    missing = [name for name in needed if name not in imatrix.entries or not imatrix.entries[name].counts.any()]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise VerificationError(
-            f"{imatrix.path} has no data for {len(missing)} tensors that need it: {shown}",
-            next_step="Use more calibration text, or leave out the recipes that need an imatrix.",
-        )
 
 
 def _shape_there(entry: Entry, experts: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from gemma_gguf import gates
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest
 
@@ -317,6 +318,12 @@ def _checked(candidate: Candidate) -> Iterator[Finding]:
             yield Finding(what, "Make it again with: gemma-gguf run MODEL")
 
 
+def _quality(candidate: Candidate) -> Iterator[Finding]:
+    """Files that gave no finite figures, or are too far from the base."""
+    for what in gates.refusals(candidate.facts):
+        yield Finding(what, "Leave these recipes out of --recipes, or move the bound: --max-kld, --max-kld-ratio.")
+
+
 def _card(candidate: Candidate) -> Iterator[Finding]:
     """The cards are there, and carry licence and gating of the base model."""
     facts = candidate.facts
@@ -379,16 +386,16 @@ def is_model(name: str) -> bool:
 
 
 # What a set must pass before its first byte is sent; a new gate is a function and its name here.
-GATES: tuple[Gate, ...] = (_demo, _whole, _published, _size, _keys, _checked, _card, _pictures, _tags)
+GATES: tuple[Gate, ...] = (_demo, _whole, _published, _size, _keys, _checked, _quality, _card, _pictures, _tags)
 # What is known before a set is made.
 GATES_BEFORE: tuple[Gate, ...] = (_demo,)
 # Of files that are sent while the rest of their set is still to be made.
-GATES_OF_FILES: tuple[Gate, ...] = (_demo, _whole, _size, _keys, _checked, _tags)
+GATES_OF_FILES: tuple[Gate, ...] = (_demo, _whole, _size, _keys, _checked, _quality, _tags)
 
 
-def refusals(candidate: Candidate, gates: Iterable[Gate] = GATES) -> list[Finding]:
+def refusals(candidate: Candidate, checks: Iterable[Gate] = GATES) -> list[Finding]:
     """Everything that forbids publishing this set; empty when it may be sent."""
-    return [finding for gate in gates for finding in gate(candidate)]
+    return [finding for gate in checks for finding in gate(candidate)]
 
 
 def warnings(candidate: Candidate) -> list[Finding]:

@@ -19,6 +19,7 @@ class Recipe:
     """One row: `name` is what a file is called, `ftype` what llama-quantize is told, `flags` what is added.
 
     `parent` is the recipe that this one differs from by its flags alone. `about` says what the row is, without praise.
+    A `static` one is made without the imatrix.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Recipe:
     about: str
     flags: tuple[str, ...] = ()
     parent: str | None = None
+    static: bool = False
 
     @property
     def is_base(self) -> bool:

@@ -414,5 +414,8 @@ def _keep_speed(state: Run, old: FileEntry) -> None:
     otherwise now."""
     measured, now = state.manifest.evidence.get(old.sha256), state.manifest.file(old.name)
     if measured is not None and measured.speed is not None and now is not None:
-        kept = {**state.manifest.evidence, now.sha256: Evidence(quality=None, similarity=None, speed=measured.speed)}
+        kept = {
+            **state.manifest.evidence,
+            now.sha256: Evidence(quality=None, failed=None, similarity=None, speed=measured.speed),
+        }
         state.record(state.manifest.model_copy(update={"evidence": kept}))

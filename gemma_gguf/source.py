@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from gemma_gguf import demo, embedding, gemma
+from gemma_gguf import demo, embedding, gemma, qat
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import HashMemory, is_dir
 from gemma_gguf.manifest import EmbeddingFacts, ModelFacts, Sampling
@@ -75,7 +75,8 @@ class ModelName:
     @property
     def stem(self) -> str:
         """How files of the set begin, by the naming style."""
-        return self.model if self.naming == "model" else f"{self.org}_{self.model}"
+        model = qat.short_name(self.model)
+        return model if self.naming == "model" else f"{self.org}_{model}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def fetch(
         n_parameters=sum(found.tensors.values()),
         vision=vision,
         audio=audio,
-        qat=_is_qat(name, card),
+        qat=qat.is_said(name.model, card),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         chat_template=_chat_template(path),
         sampling=_sampling(path),
@@ -706,12 +707,6 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
 def _depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return 1 + max(map(_depth, inner), default=0)
-
-
-def _is_qat(name: ModelName, card: Mapping[str, Any]) -> bool:
-    tags = card.get("tags")
-    words = [name.model, *(tags if isinstance(tags, list) else [])]
-    return any(re.search(r"(^|[-_ ])qat($|[-_ ])", str(word).lower()) for word in words)
 
 
 def _chat_template(path: Path) -> str | None:

@@ -1,9 +1,12 @@
 """One whole manifest with values as a real run records them, for tests that need a set but no files."""
 
+from typing import Literal
+
 from gemma_gguf import pictures
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import (
     DEFAULT_CARD,
+    DEFAULT_GATES,
     BuildFacts,
     CacheGroup,
     CalibrationFacts,
@@ -13,7 +16,9 @@ from gemma_gguf.manifest import (
     ConverterFacts,
     Coverage,
     Evidence,
+    Failed,
     FileEntry,
+    GridFit,
     ImatrixFacts,
     KernelFacts,
     Manifest,
@@ -22,6 +27,7 @@ from gemma_gguf.manifest import (
     Picture,
     PromptExample,
     PromptFacts,
+    QatFacts,
     Quality,
     Sampling,
     Speed,
@@ -74,6 +80,7 @@ def model_entry(
         about=about,
         ftype=ftype,
         flags=list(flags),
+        static=False,
         state="local",
         remote=None,
         n_bytes=n_bytes,
@@ -102,6 +109,7 @@ def example() -> Manifest:
         about=None,
         ftype=None,
         flags=[],
+        static=False,
         state="local",
         remote=None,
         n_bytes=851251104,
@@ -125,6 +133,7 @@ def example() -> Manifest:
         about=None,
         ftype=None,
         flags=[],
+        static=False,
         state="local",
         remote=None,
         n_bytes=3567456,
@@ -283,6 +292,9 @@ def example() -> Manifest:
         custom_recipes=[],
         files=[mmproj, imatrix, *models],
         card=DEFAULT_CARD.model_copy(update={"repo": "someone/google_gemma-3-4b-it-GGUF"}),
+        qat=None,
+        pins={},
+        gates=DEFAULT_GATES,
         evidence={model.sha256: evidence(model.bpw or 0.0, models[0].sha256) for model in models},
         context=context(),
         prompts=PromptFacts(
@@ -359,6 +371,32 @@ def coverage() -> list[Coverage]:
     ]
 
 
+def qat(verdict: Literal["ggml", "free", "near", "none"] = "ggml") -> QatFacts:
+    """What is recorded of a checkpoint that was trained for Q4_0, with two kinds of weight."""
+    grid = [
+        GridFit(
+            kind=kind,
+            n_tensors=34,
+            n_blocks=69632,
+            residual=residual,
+            residual_ggml=residual_ggml,
+            residual_none=0.08,
+            fits=fits,
+            fits_ggml=fits if verdict == "ggml" else 0.0,
+        )
+        for kind, residual, residual_ggml, fits in (("attn_q", 0.0014, 0.0017, 1.0), ("ffn_down", 0.002, 0.003, 0.98))
+    ]
+    return QatFacts(said_by="checkpoint", embedding="Q6_K", verdict=verdict, grid=grid)
+
+
+def failed() -> Evidence:
+    """Of a file whose logits are NaN."""
+    quality = evidence(5.0, sha(f"{STEM}-bf16.gguf")).quality
+    assert quality is not None
+    how = {name: getattr(quality, name) for name in Failed.model_fields if name != "why"}
+    return Evidence(quality=None, failed=Failed(**how, why="its logits hold NaN or Inf"), similarity=None, speed=None)
+
+
 def evidence(bpw: float, base_sha256: str) -> Evidence:
     """What might have been measured of a file with so many bits per weight: the fewer, the farther from the base."""
     away = 0.0 if bpw >= 16 else 2.0**-bpw
@@ -382,6 +420,7 @@ def evidence(bpw: float, base_sha256: str) -> Evidence:
             build=BUILD,
         ),
         similarity=None,
+        failed=None,
         speed=Speed(
             build=BUILD,
             cpu="AMD EPYC",
