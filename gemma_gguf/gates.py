@@ -150,6 +150,7 @@ def _too_far(entry: FileEntry, manifest: Manifest, found: Mapping[str, Quality],
         other
         for other in manifest.files
         if other.n_bytes < entry.n_bytes
+        and other.sha256 != mine.base_sha256  # a quant of small blocks can be larger than its base
         and (theirs := found.get(other.name)) is not None
         and comparable(mine, theirs)
         and not (manifest.model.qat and other.recipe in HOLD_Q4_0_GRID)
