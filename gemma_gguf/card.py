@@ -216,6 +216,8 @@ def reproduce_command(manifest: Manifest) -> str:
     convert = manifest.stages.get("convert")
     if convert is not None and not convert.argv:
         argv += ["--base", f"{manifest.stem}-bf16.gguf"]
+    if manifest.parity is not None and (manifest.parity.differences or manifest.parity.problem):
+        argv.append("--allow-mismatch")
     if imatrix is not None and not imatrix.argv:
         argv += ["--imatrix", f"{manifest.stem}-imatrix.gguf"]
     argv += _decisions(manifest)

@@ -203,8 +203,11 @@ def comparing(
     disk_budget: int = DISK_BUDGET,
     log: RunLog,
     progress: Progress = silent,
+    note: Callable[[Sequence[tuple[int, float]]], None] = lambda _: None,
 ) -> Iterator[Callable[[Path], Quality]]:
     """A function that measures a file; it raises `NoFiguresError` for one whose logits are not finite.
+
+    `note` gets (scored tokens, sum of their divergences) of every chunk, too.
 
     `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last. The base's
     distributions are written with the first file, unless they take more than `disk_budget` bytes or would
@@ -242,6 +245,7 @@ def comparing(
         if stored and not logits.exists():
             ask("base_logits", against.base, "reading the text with the base", place)
         answer = ask("score", file, f"evaluating {file.stem}", place)
+        note([(int(n), float(kld)) for n, kld in answer.pop("by_chunk")])
         return Quality(**against.facts, **answer)
 
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from gguf.constants import GGMLQuantizationType
 
 from gemma_gguf import (
+    calibrate,
     calibration,
     card,
     chat,
@@ -29,6 +30,7 @@ from gemma_gguf import (
     llama_cpp,
     manifest,
     memory,
+    parity,
     pictures,
     plan,
     planning,
@@ -42,7 +44,7 @@ from gemma_gguf import (
     survey,
     verify,
 )
-from gemma_gguf.errors import BadInputError, KilledError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, KilledError, MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import (
     copy,
     link_or_copy,
@@ -139,11 +141,28 @@ def remake(state: Run, *, new_imatrix: bool) -> None:
         _evaluate(state)
 
 
+def calibrate_sets(
+    options: Options,
+    asked: calibrate.Asked,
+    *,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+) -> calibrate.Comparison:
+    """Compare calibration sets on a model, converting it first if needed; what was measured before is kept."""
+    survey.refuse_what_cannot_work(options)
+    name = source.understand(options.model, options.name)
+    with open_run(options, name, progress, say) as state:
+        _convert(state)
+        _compare_with_checkpoint(state)
+        return calibrate.compare_sets(state, asked, _calibration_text(state, gguf_io.read_header(state.base)))
+
+
 # --- convert -----------------------------------------------------------------------------------------------------
 
 
 def _convert_and_describe(state: Run) -> None:
     _convert(state)
+    _compare_with_checkpoint(state)
     _describe(state)
     _fit_grid(state)
 
@@ -226,6 +245,40 @@ def _given_base(state: Run, base: Path) -> None:
         outputs = {f"{WORK}/{state.base.name}": state.memory.sha256(state.base)}
         state.record(state.manifest.with_stage("convert", StageRecord(key=key, argv=[], seconds=0.0, outputs=outputs)))
     state.did(Done("convert", state.base.name, False, "given with --base", 0.0, base.stat().st_size))
+
+
+def _compare_with_checkpoint(state: Run) -> None:
+    """Tokenizer and chat template of the base must be the checkpoint's, or the user must want it all the same."""
+    texts = calibration.part_documents("mix")
+    key = parity.key(state.memory.sha256(state.base), state.source, state.build, texts)
+    known, allowed = state.manifest.parity, state.options.allow_mismatch
+    what = "tokenizer and chat template"
+    done = stage_is_done(state, "parity", key) is not None and known is not None
+    if done and known is not None and (allowed or not (known.differences or known.problem)):
+        state.did(Done("parity", what, False, f"compared before: {parity.shown(known)}", 0.0))
+        return
+    started = time.monotonic()
+    state.progress("comparing the tokenizer with the checkpoint's", 0, 1, "models")
+    try:
+        facts = parity.compare(
+            state.source,
+            state.base,
+            gguf_io.read_header(state.base),
+            state.build,
+            texts=texts,
+            work=state.work,
+            log=state.log,
+        )
+        if not allowed:
+            parity.refuse(facts, state.log)
+    except (MissingToolError, ToolFailedError) as error:
+        if not allowed or isinstance(error, KilledError):
+            raise
+        facts = parity.not_compared(state.build, error.what, texts)
+    seconds = round(time.monotonic() - started, 2)
+    new = state.manifest.model_copy(update={"parity": facts})
+    state.record(new.with_stage("parity", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
+    state.did(Done("parity", what, True, parity.shown(facts), seconds))
 
 
 def _describe(state: Run) -> None:

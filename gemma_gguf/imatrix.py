@@ -82,13 +82,20 @@ def imatrix_argv(
     return argv
 
 
-def segments(n_chunks: int, size: int) -> list[tuple[int, int]]:
-    """(first chunk, chunks) of the runs that compute `n_chunks` together, each of about `size`.
+def segments(n_chunks: int, size: int, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """(first chunk, chunks) of the runs that compute `n_chunks` together, each of about `size`; one ends at each cut.
 
     llama-imatrix refuses to start with two or fewer chunks left, so such a rest belongs to the run before it.
     """
-    starts = [start for start in range(0, n_chunks, size) if start == 0 or n_chunks - start > 2]
+    ends = sorted({*range(0, n_chunks, size), *(cut for cut in cuts if 0 < cut < n_chunks)})
+    starts = [start for start in ends if start == 0 or n_chunks - start > 2]
     return [(start, end - start) for start, end in zip(starts, [*starts[1:], n_chunks], strict=True)]
+
+
+def part_at(directory: Path, n_chunks: int, cut: int, cuts: Sequence[int], size: int = SEGMENT_CHUNKS) -> Path:
+    """Where `compute` with the same `cuts` left the imatrix of the first `cut` chunks."""
+    first = next(first for first, count in segments(n_chunks, size, cuts) if first + count == cut)
+    return directory / f"part-{first}.gguf"
 
 
 def compute(
@@ -100,19 +107,21 @@ def compute(
     log: RunLog,
     progress: Progress = silent,
     segment_chunks: int = SEGMENT_CHUNKS,
+    cuts: Sequence[int] = (),
 ) -> tuple[Path, int, float]:
     """Compute an imatrix in runs of `segment_chunks`, each going on from the file of the one before.
 
     What llama-imatrix saves while it runs cannot be continued exactly: it saves when the first tensor has seen a chunk
     and the others have not. So runs are short, and a killed one is done again; sums are 32-bit floats in memory and in
-    the file, so the result has the bytes of one long run (a test compares them). `argv_of(first, chunks, from, out)`
-    gives a run's command line with names relative to `cwd`; `directory`, below it, keeps the parts. With `n_chunks`
+    the file, so the result has the bytes of one long run (a test compares them). Runs end at `cuts`, too: the file at
+    one (`part_at`) is the imatrix of so many chunks. `argv_of(first, chunks, from, out)` gives a run's command line
+    with names relative to `cwd`; `directory`, below it, keeps the parts. With `n_chunks`
     None (nobody could count the tokens) it is one run. Returns (file, chunks computed, seconds).
     """
     directory.mkdir(parents=True, exist_ok=True)
     seconds, computed = 0.0, 0
     previous: Path | None = None
-    for first, count in segments(n_chunks, segment_chunks) if n_chunks else [(0, None)]:
+    for first, count in segments(n_chunks, segment_chunks, cuts) if n_chunks else [(0, None)]:
         part = directory / f"part-{first}.gguf"
         if not part.exists():
             partial = partial_path(part)

@@ -407,6 +407,33 @@ class PromptFacts(_Model):
     problem: str | None
 
 
+class ParityDifference(_Model):
+    """One difference between what the base makes of a text and what the checkpoint's own tokenizer or template does."""
+
+    kind: Literal["tokens", "vocabulary", "bos", "template"]
+    where: str  # which text, conversation or token
+    position: Count | None  # of the first differing token, or character of a prompt
+    what: str
+
+
+class ParityFacts(_Model):
+    """Tokenizer and chat template of the base in llama.cpp against the checkpoint's in transformers."""
+
+    probe_sha256: Sha256  # of everything that was asked
+    reference: str  # "transformers 5.23.1, tokenizers 0.23.0"
+    asked: Literal["bindings", "llama-server"]  # who told llama.cpp's ids
+    build: str  # key of the llama.cpp build
+    n_texts: Count
+    n_tokens: Count  # compared one by one
+    n_vocab: Count  # tokens whose text was compared
+    n_added: Count  # added tokens, each read in a text of its own
+    n_conversations: Count  # rendered by llama-server and by transformers
+    left_out: dict[str, str]  # conversation or token -> why it was not compared
+    added_bos: bool  # llama.cpp puts <bos> before a text where the checkpoint's tokenizer leaves that to the template
+    problem: str | None  # why nothing could be compared; only with --allow-mismatch
+    differences: list[ParityDifference]  # only with --allow-mismatch
+
+
 class Picture(_Model):
     """A picture of the card, drawn from the data with this hash: `assets/<name>.svg` and `.png`."""
 
@@ -487,6 +514,7 @@ class Manifest(_Model):
     context: ContextFacts | None  # None: of schema 1, which did not record it, or not converted yet
     prompts: PromptFacts | None  # the same, or a model without a chat template
     pictures: dict[Annotated[str, Field(pattern=r"^[a-z]{1,40}$")], Picture]
+    parity: ParityFacts | None  # None: of an older version, or not converted yet
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -600,6 +628,7 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         "custom_recipes": [],
         "qat": None,
         "pins": {},
+        "parity": None,
         "gates": DEFAULT_GATES.model_dump(),
     }
     return {**added, **raw, "schema_version": SCHEMA_VERSION}

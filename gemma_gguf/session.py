@@ -124,6 +124,7 @@ class Options:
     scheduler: str | None = None  # address of a Dask scheduler
     max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
     disk_budget: int | None = None  # bytes
+    allow_mismatch: bool = False  # go on though tokenizer or chat template are not the checkpoint's
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
     evaluate: bool = True
     eval_chunks: int | None = None
@@ -472,6 +473,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         context=None,
         prompts=None,
         pictures={},
+        parity=None,
         **facts,
     )
 

@@ -24,6 +24,7 @@ from gemma_gguf.manifest import (
     Manifest,
     Measured,
     ModelFacts,
+    ParityFacts,
     Picture,
     PromptExample,
     PromptFacts,
@@ -312,8 +313,28 @@ def example() -> Manifest:
             problem=None,
         ),
         pictures={},
+        parity=parity(),
     )
     return made.model_copy(update={"pictures": drawn(made)})
+
+
+def parity() -> ParityFacts:
+    """Gemma 3 4B against its checkpoint: everything the same."""
+    return ParityFacts(
+        probe_sha256=sha("probe"),
+        reference="transformers 5.23.0, tokenizers 0.23.1",
+        asked="bindings",
+        build=BUILD,
+        n_texts=14090,
+        n_tokens=331204,
+        n_vocab=262145,
+        n_added=6415,
+        n_conversations=9,
+        left_out={"a tool": "the template has no place for 'look_up'"},
+        added_bos=False,
+        problem=None,
+        differences=[],
+    )
 
 
 def drawn(made: Manifest) -> dict[str, Picture]:

@@ -245,7 +245,9 @@ def entry_of(name: str) -> FileEntry:
 
 
 def _large(n_bytes: int) -> Candidate:
+    """Nothing is measured: no larger file may be further from its base."""
     ready = with_entry(Q4, n_bytes=n_bytes)
+    ready = replace(ready, facts=ready.facts.model_copy(update={"evidence": {}}))
     return replace(ready, local={**ready.local, Q4: replace(ready.local[Q4], n_bytes=n_bytes)})
 
 
