@@ -129,16 +129,16 @@ def compute(
             argv = argv_of(first, count, names[0], str(names[1]))
             done, said = run_segment(argv, first, n_chunks, cwd=cwd, log=log, progress=progress)
             seconds += done.seconds
-            header = gguf_io.read_header(partial)
-            if header.get("imatrix.chunk_count") != first + said or (count or said) != said:
-                made, due = header.get("imatrix.chunk_count"), first + (count or said)
+            header, made = gguf_io.read_header(partial), read(partial).n_chunks
+            if made != first + said or (count or said) != said:
+                due = first + (count or said)
                 raise VerificationError(f"llama-imatrix computed {made} chunks, {due} were due", log=log.path)
             datasets = header.get("imatrix.datasets", [])[-1:]  # every run adds the text's name once more
             fixed = partial_path(directory / f"fixed-{first}.gguf")
             gguf_io.write_with_values(header, fixed, {"imatrix.datasets": gguf_io.strings_value(datasets)})
             partial.unlink()
             replace_durably(fixed, part)
-        computed = int(gguf_io.read_header(part).get("imatrix.chunk_count"))
+        computed = read(part).n_chunks
         previous = part
     assert previous is not None
     return previous, computed, seconds
@@ -200,7 +200,20 @@ def read(path: Path) -> Imatrix:
         entries[weight] = Entry(sums, header.read(counts).view(np.float32).reshape(-1))
     if not entries:
         raise BadInputError(f"{path} holds no data")
-    return Imatrix(path, n_chunks, chunk_size, tuple(datasets), entries)
+    return Imatrix(path, _chunks_read(n_chunks, entries), chunk_size, tuple(datasets), entries)
+
+
+def _chunks_read(counted: int, entries: Mapping[str, Entry]) -> int:
+    """How many chunks of text were read, of those that llama-imatrix counted.
+
+    It counts by the tensor that was used most, and Gemma 3n uses some of its own twice for every token. The queries of
+    the first layer are used once.
+    """
+    once = entries.get("blk.0.attn_q.weight")
+    most = max(float(entry.counts.max(initial=0)) for entry in entries.values())
+    if once is None or not most > once.counts.max(initial=0) > 0:
+        return counted
+    return round(counted * float(once.counts.max()) / most)
 
 
 def _refuse_size(header: Header) -> None:

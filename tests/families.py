@@ -127,7 +127,18 @@ def _gemma3(n_vocab: int) -> tuple[Any, Any]:
         "vision_use_head": False,
     }
     config = hf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
-    return _seeded_model(hf.Gemma3ForConditionalGeneration(config))
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    # Names of Google's files. The converter of 0.3.36 does not know those that transformers 5.23 gives the tower.
+    published = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, values in _seeded(hf.Gemma3ForConditionalGeneration(config)).items():
+        root = next((root for root in published if name.startswith(root)), None)
+        tensors[name if root is None else published[root] + name.removeprefix(root)] = values
+    return config, tensors
 
 
 def _gemma3n_text_config(n_vocab: int) -> Any:
