@@ -188,7 +188,11 @@ _evaluation_options = _with_options(
     ),
 )
 _set_options = _with_options(
-    click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
+    click.option(
+        "--name",
+        metavar="ORG/MODEL",
+        help="What the files are named by: of a local checkpoint, or instead of a hub id.",
+    ),
     click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),

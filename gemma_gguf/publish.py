@@ -18,6 +18,7 @@ from typing import Any, Literal
 from gemma_gguf import gates
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest
+from gemma_gguf.names import is_model
 
 MAX_FILE = 500_000_000_000  # bytes; the Hub refuses larger files
 LARGE_FILE = 200_000_000_000  # bytes; the Hub recommends less
@@ -25,8 +26,6 @@ LARGE_FILE = 200_000_000_000  # bytes; the Hub recommends less
 MAX_REGULAR = 20_000_000
 # The Hub writes this file itself: which names go to large-file storage.
 OF_THE_HUB = frozenset({".gitattributes"})
-# What llama.cpp skips when it looks for a model: gguf_filename_is_model in common/download.cpp.
-NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 # Fields of a model card's front matter that decide who may use a model, and what must be said to whom.
 LEGAL_KEYS = frozenset({"license", "license_name", "license_link", "licence"})
@@ -377,12 +376,6 @@ def _tags(candidate: Candidate) -> Iterator[Finding]:
 def _folder(name: str) -> str:
     """What the shards of one file have in common: their folder, or the name of a file alone."""
     return name.rpartition("/")[0] or name
-
-
-def is_model(name: str) -> bool:
-    """Whether llama.cpp takes a file of a repository for a model."""
-    file = PurePosixPath(name).name
-    return file.endswith(".gguf") and not any(word in file for word in NO_MODEL)
 
 
 # What a set must pass before its first byte is sent; a new gate is a function and its name here.

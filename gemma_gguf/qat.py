@@ -257,14 +257,6 @@ def is_said(model: str, front_matter: Mapping[str, Any]) -> bool:
     return any(re.search(r"(^|[-_ ])qat($|[-_ ])", str(word).lower()) for word in words)
 
 
-def short_name(model: str) -> str:
-    """A model's name without what Google's QAT checkpoints add: `gemma-3-4b-it-qat` of `...-qat-q4_0-unquantized`.
-
-    llama-server finds a quant by its tag anywhere in a file's name, so with it every file would be the Q4_0.
-    """
-    return re.sub(r"-q4_0-unquantized$", "", model, flags=re.IGNORECASE)
-
-
 def facts_for(says: bool, asked: bool | None, embedding: str | None, old: QatFacts | None) -> QatFacts | None:
     """What is known before the weights are looked at: None for an ordinary set.
 

@@ -12,7 +12,7 @@ import pytest
 from gguf import quants
 from gguf.constants import GGMLQuantizationType as T
 
-from gemma_gguf import card, factory, gguf_io, manifest, proof, qat, recipes, source, table
+from gemma_gguf import card, factory, gguf_io, manifest, names, proof, qat, recipes, source, table
 from gemma_gguf.demo import to_bf16, write_bf16_safetensors
 from gemma_gguf.errors import VerificationError
 from gemma_gguf.llama_cpp import Build
@@ -182,7 +182,7 @@ def test_who_says_that_it_is_qat(says: bool, asked: bool | None, said_by: str | 
     ],
 )
 def test_file_names_drop_what_would_match_the_tag_of_a_quant(name: str, short: str) -> None:
-    assert qat.short_name(name) == short
+    assert names.strip(name) == short
     assert source.ModelName("hub", "google", name).stem == f"google_{short}"
 
 
