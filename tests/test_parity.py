@@ -386,7 +386,7 @@ def hostile(tmp_path: Path) -> Path:
     directory = tmp_path / "hostile"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
-    endless = "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     checkpoints.write_tokenizer_files(directory, checkpoints.sentencepiece_model()[0], endless)
     return directory
 
