@@ -304,6 +304,7 @@ def _fit_grid(state: Run) -> None:
     """Of a QAT checkpoint: how its weights lie on the grid of Q4_0. Ordinary weights under such a name are refused."""
     facts = state.manifest.qat
     if facts is None:
+        state.record(state.manifest)  # an earlier run may have taken it for one
         return
     key = sha256_json(["qat", 1, state.memory.sha256(state.base), state.build.key])
     why = None if facts.verdict is None else stage_is_done(state, "qat", key)
