@@ -93,6 +93,11 @@ def gaps(
     return found
 
 
+def is_finite(imatrix: Imatrix) -> bool:
+    """Whether no number of it is NaN or Inf."""
+    return all(np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all() for entry in imatrix.entries.values())
+
+
 def _problem(entry: Entry | None) -> tuple[Kind, str] | None:
     if entry is None:
         return "none", "is not in it"

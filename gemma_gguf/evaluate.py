@@ -399,7 +399,7 @@ def parse_bench_log(output: str, n_generate: int = BENCH_GENERATE) -> tuple[list
         if line.startswith("{"):
             row = json.loads(line)
             (generate if row["n_gen"] else prompt).extend(float(value) for value in row["samples_ts"])
-    if not prompt or len(generate) != len(prompt) * bool(n_generate):
+    if not prompt or bool(generate) != bool(n_generate):
         raise ToolFailedError(f"llama-bench did not say how fast it was: {output.strip()[-300:]!r}")
     return prompt, generate
 

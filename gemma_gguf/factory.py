@@ -369,7 +369,8 @@ def _cover(state: Run) -> None:
     state.manifest = state.manifest.model_copy(update={"pins": kept})
     unread, pin = frozenset(gemma.unread_tensors(header)), state.options.pin_uncovered
     safe = GGMLQuantizationType[pin] if pin else None
-    plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
+    # llama-quantize plans nothing with an imatrix that holds NaN where it would use it.
+    plans = {r.name: planned for r, planned in _plans_of(state, header, with_imatrix=coverage.is_finite(made))}
     found = coverage.gaps(made, header, plans, unread=unread)
     pins: dict[str, dict[str, str]] = {}
     if found and safe is not None:
@@ -394,12 +395,14 @@ def _cover(state: Run) -> None:
         state.did(Done("coverage", f"{sum(n for _, n, _ in unseen)} experts", False, why, 0.0))
 
 
-def _plans_of(state: Run, header: gguf_io.Header) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
+def _plans_of(
+    state: Run, header: gguf_io.Header, *, with_imatrix: bool = True
+) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
     """What llama-quantize would make of every wanted recipe with the imatrix."""
     wanted = [recipe for recipe in fitted(state, wanted_recipes(state), header) if not recipe.is_base]
     for done, recipe in enumerate(wanted):
         state.progress("planning", done, len(wanted), "recipes")
-        yield recipe, plan_recipe(state, recipe, header, with_imatrix=True)
+        yield recipe, plan_recipe(state, recipe, header, with_imatrix=with_imatrix)
 
 
 def _have_imatrix(state: Run) -> None:

@@ -24,7 +24,8 @@ GEMMA1_SPECIAL = (*_FIRST, *(f"<unused{n}>" for n in range(99)), "<start_of_turn
 CODEGEMMA_SPECIAL = tuple({v: k for k, v in _UNUSED.items()}.get(n, t) for n, t in enumerate(GEMMA1_SPECIAL))
 GEMMA3_SPECIAL = (*GEMMA1_SPECIAL[:6], *GEMMA1_SPECIAL[7:], "<start_of_image>", "<end_of_image>")
 CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT: Mapping[str, Any] = {
@@ -318,7 +319,7 @@ def _gemma4_unified(n_vocab: int) -> tuple[Any, Any]:
 
     text = _gemma4_text(vocab_size=n_vocab, attention_k_eq_v=True, num_global_key_value_heads=1)
     vision = {"patch_size": 4, "mm_embed_dim": 256, "mm_posemb_size": 16, "output_proj_dims": 256}
-    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 64})
+    config = hf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 640})
     return _seeded_model(hf.Gemma4UnifiedForConditionalGeneration(config))
 
 

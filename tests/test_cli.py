@@ -309,7 +309,8 @@ def test_the_doctor_of_a_machine(offline: Path) -> None:
     rows = [line.rstrip().split(maxsplit=2) for line in done.stderr.splitlines()]
     assert rows[0] == ["Check", "Verdict", "What"]
     assert [row[:2] for row in rows[1:]] == [
-        [name, "ok"] for name in ("python", "packages", "tools", "backends", "memory", "writing", "hub", "publishing")
+        [name, "ok"]
+        for name in ("python", "packages", "tools", "backends", "kernels", "memory", "writing", "hub", "publishing")
     ]
     assert not (offline / "out").exists()
 

@@ -335,13 +335,13 @@ def test_only_what_the_model_says_is_scored_with_special_tokens_parsed(
 ) -> None:
     base = finished.set_dir / f"{STEM}-bf16.gguf"
     text = tmp_path / "talk.json"
-    # This test model names no BOS, so llama.cpp takes its default for SentencePiece, 1; the template brings it already.
-    text.write_bytes(evaluate.chat_material("t", TALK, CHAT_TEMPLATE, bos_token="<eos>", eos_token="<eos>").data)
+    # The template brings the BOS already.
+    text.write_bytes(evaluate.chat_material("t", TALK, CHAT_TEMPLATE, bos_token="<bos>", eos_token="<eos>").data)
     env = llama_cpp.python_env(build)
     env["PYTHONPATH"] += f":{Path(evaluate.__file__).parents[1]}"
     output = run_tool([sys.executable, "-W", "ignore", "-c", CHUNKS, base, text], log=log, env=env).output
     first, last = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
-    bos, start_of_turn, end_of_turn = 1, 4, 5  # places in `checkpoints.SPECIAL`
+    bos, start_of_turn, end_of_turn = 2, 4, 5  # places in `checkpoints.SPECIAL`
     assert first["tokens"][:2] == [bos, start_of_turn]
     assert first["tokens"].count(bos) == 1
     assert first["tokens"].count(start_of_turn) == 4
@@ -487,16 +487,6 @@ def test_a_quant_stands_in_for_the_base(build: Build, few: Path) -> None:
         assert found.quality is not None
         assert found.quality.base_sha256 == by_recipe["Q8_0"]
     assert facts.stages["evaluate"].argv[0][-4:] == ["--from", "q8_0", "--threads", "1"]
-
-
-def test_a_model_without_logits_says_so(build: Build, few: Path) -> None:
-    assert build.key
-    facts = manifest.load(few)
-    embedding = facts.model.model_copy(update={"gguf_arch": "gemma-embedding"})
-    manifest.save(facts.model_copy(update={"model": embedding}), few)
-    said: list[Done] = []
-    assert evidence.evaluate_set(few, Measuring(), say=said.append).evidence == {}
-    assert [(done.name, done.made, done.why) for done in said] == [("quality", False, "this model has no logits")]
 
 
 def test_a_text_that_is_too_short(build: Build, finished: Report, log: RunLog, tmp_path: Path) -> None:
