@@ -4,7 +4,8 @@ Consumes an imatrix, the base's header and the plans that llama-quantize printed
 very imatrix; produces the `Gap`s, the error that lists them with the choices, and the tensors that `--pin-uncovered`
 raises. It stands between the imatrix and hours of quantising, because llama-quantize says nothing, or stops at the
 first such tensor: one without data it quantises as if every column counted the same (and refuses the types of two
-bits), NaN it multiplies into the weights, and an expert that no token reached gets equal weights in silence.
+bits), an expert that no token reached gets equal weights in silence, and it refuses a whole file for one NaN. So data
+with NaN or Inf is taken out of the set's imatrix, and what is missing for it is said here.
 
 **Experts.** Some of many experts stay without a token on any text, and equal weights do them no harm that anybody would
 notice while they are rarely used. How rarely is known: of N choices of an expert, one that was never chosen is chosen
@@ -18,7 +19,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -37,22 +37,19 @@ IGNORE_IMATRIX = frozenset(
 )
 # Types that llama-quantize makes of no tensor without data ("the result will be garbage"); a test asks it.
 REQUIRE_IMATRIX = frozenset(_T[name] for name in NEED_IMATRIX_TYPES)
-# What `--pin-uncovered` may raise a tensor to. Only the last three are safe for NaN: they do not look at it.
+# What `--pin-uncovered` may raise a tensor to: types that lose little without an imatrix.
 PIN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16", "F16")
 RULE_OF_THREE = 3.0
 UNSEEN_USE = 0.01
 UNSEEN_EXPERTS = 0.05
 SHOWN = 12  # tensors in an error; the log has all
 
-Kind = Literal["none", "broken", "experts"]
-
 
 @dataclass(frozen=True)
 class Gap:
-    """A tensor without the data that some recipes would use. `broken` data is NaN or Inf."""
+    """A tensor without the data that some recipes would use."""
 
     tensor: str
-    kind: Kind
     what: str
     recipes: tuple[str, ...]
 
@@ -68,7 +65,7 @@ def gaps(
     """What the files of these plans would want of the imatrix and do not get, in file order.
 
     `unread` are tensors that llama.cpp never reads: they have no data, and need some only in a type that cannot be made
-    without. A tensor planned at `safe` or more bits is fine without data, but not with NaN.
+    without. A tensor planned at `safe` or more bits is fine without data.
     """
     users: dict[str, list[tuple[str, GGMLQuantizationType]]] = {}
     for recipe, planned in plans.items():
@@ -83,32 +80,24 @@ def gaps(
                 users.setdefault(tensor.name, []).append((recipe, tensor.target))
     found = []
     for name in (tensor.name for tensor in base.tensors if tensor.name in users):
-        problem = _problem(imatrix.entries.get(name))
-        if problem is None:
-            continue
-        kind, what = problem
-        hit = [r for r, t in users[name] if kind == "broken" or safe is None or bits(t) < bits(safe)]
-        if hit:
-            found.append(Gap(name, kind, what, tuple(hit)))
+        what = _problem(imatrix.entries.get(name))
+        hit = [recipe for recipe, target in users[name] if safe is None or bits(target) < bits(safe)]
+        if what is not None and hit:
+            found.append(Gap(name, what, tuple(hit)))
     return found
 
 
-def is_finite(imatrix: Imatrix) -> bool:
-    """Whether no number of it is NaN or Inf."""
-    return all(np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all() for entry in imatrix.entries.values())
-
-
-def _problem(entry: Entry | None) -> tuple[Kind, str] | None:
+def _problem(entry: Entry | None) -> str | None:
     if entry is None:
-        return "none", "is not in it"
+        return "is not in it"
     if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-        return "broken", "has NaN or Inf"
+        return "has NaN or Inf"
     counts = entry.counts.astype(np.float64)
     if not counts.any():
-        return "none", "saw no token"
+        return "saw no token"
     unseen, n = int((counts == 0).sum()), len(counts)
     if unseen > UNSEEN_EXPERTS * n or RULE_OF_THREE * unseen > UNSEEN_USE * counts.sum():
-        return "experts", f"has {unseen} of {n} experts that no token reached"
+        return f"has {unseen} of {n} experts that no token reached"
     return None
 
 
@@ -163,12 +152,8 @@ def refusal(
         lines.append(f"  {', '.join(tensors[:SHOWN])}{more}: {what}; used by {', '.join(recipes)}")
     text = "another imatrix, or none: one is computed" if given else "more calibration text (--calibration, --chunks)"
     choices = [text]
-    broken = any(gap.kind == "broken" for gap in found)
     if pin is None:
-        kind = "Q8_0" if broken else "Q6_K"
-        choices.append(f"raise these tensors in these recipes to a type that is safe without: --pin-uncovered {kind}")
-    elif broken:
-        choices.append(f"{pin} is computed with the imatrix, too, so NaN would reach it: --pin-uncovered Q8_0")
+        choices.append("raise these tensors in these recipes to a type that is safe without: --pin-uncovered Q6_K")
     left = [name for name in wanted if name not in hit]
     choices.append(f"leave these recipes out: --recipes {','.join(left)}" if left else "every recipe is affected")
     tensors_word = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"

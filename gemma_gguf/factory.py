@@ -355,22 +355,23 @@ def _renderer(header: gguf_io.Header) -> prompts.Render:
 
 
 def _imatrix(state: Run) -> None:
-    _have_imatrix(state)
-    _cover(state)
+    _cover(state, _have_imatrix(state))
 
 
-def _cover(state: Run) -> None:
-    """Every wanted recipe gets the data it uses, or tensors are raised as asked, or the run ends here."""
+def _cover(state: Run, made: imatrix.Imatrix) -> None:
+    """Every wanted recipe gets the data it uses, or tensors are raised as asked, or the run ends here.
+
+    `made` may hold NaN or Inf; the set's file does not.
+    """
     path = state.set_dir / imatrix.file_name(state.stem)
-    made, header = imatrix.read(path), gguf_io.read_header(state.base)
+    header = gguf_io.read_header(state.base)
     # What is raised is decided anew, but for recipes that are not asked for now.
     names = {recipe.name for recipe in wanted_recipes(state)}
     kept = {recipe: tensors for recipe, tensors in state.manifest.pins.items() if recipe not in names}
     state.manifest = state.manifest.model_copy(update={"pins": kept})
     unread, pin = frozenset(gemma.unread_tensors(header)), state.options.pin_uncovered
     safe = GGMLQuantizationType[pin] if pin else None
-    # llama-quantize plans nothing with an imatrix that holds NaN where it would use it.
-    plans = {r.name: planned for r, planned in _plans_of(state, header, with_imatrix=coverage.is_finite(made))}
+    plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
     found = coverage.gaps(made, header, plans, unread=unread)
     pins: dict[str, dict[str, str]] = {}
     if found and safe is not None:
@@ -387,7 +388,12 @@ def _cover(state: Run) -> None:
     state.record(state.manifest)
     for recipe, tensors in pins.items():
         state.did(Done("coverage", recipe, False, f"without data, raised to {pin}: {', '.join(sorted(tensors))}", 0.0))
-    unseen = [(row.kind, n, row.layers[i]) for row in imatrix.coverage(made) for i, n in enumerate(row.unseen) if n]
+    unseen = [
+        (row.kind, n, row.layers[i])
+        for row in imatrix.coverage(imatrix.finite(made))
+        for i, n in enumerate(row.unseen)
+        if n
+    ]
     if unseen:
         shown = ", ".join(f"{n} of blk.{layer}.{kind}" for kind, n, layer in unseen[: coverage.SHOWN])
         more = f" and of {len(unseen) - coverage.SHOWN} more tensors" if len(unseen) > coverage.SHOWN else ""
@@ -395,24 +401,22 @@ def _cover(state: Run) -> None:
         state.did(Done("coverage", f"{sum(n for _, n, _ in unseen)} experts", False, why, 0.0))
 
 
-def _plans_of(
-    state: Run, header: gguf_io.Header, *, with_imatrix: bool = True
-) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
+def _plans_of(state: Run, header: gguf_io.Header) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
     """What llama-quantize would make of every wanted recipe with the imatrix."""
     wanted = [recipe for recipe in fitted(state, wanted_recipes(state), header) if not recipe.is_base]
     for done, recipe in enumerate(wanted):
         state.progress("planning", done, len(wanted), "recipes")
-        yield recipe, plan_recipe(state, recipe, header, with_imatrix=with_imatrix)
+        yield recipe, plan_recipe(state, recipe, header, with_imatrix=True)
 
 
-def _have_imatrix(state: Run) -> None:
+def _have_imatrix(state: Run) -> imatrix.Imatrix:
+    """The imatrix in the set, computed or given; as it was read, with what was taken out of the set's file."""
     options = state.options
     final = state.set_dir / imatrix.file_name(state.stem)
     base_sha = state.memory.sha256(state.base)
     header = gguf_io.read_header(state.base)
     if options.imatrix is not None:
-        _given_imatrix(state, options.imatrix, final, header=header, base_sha=base_sha)
-        return
+        return _given_imatrix(state, options.imatrix, final, header=header, base_sha=base_sha)
     text = _calibration_text(state, header)
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
@@ -420,7 +424,7 @@ def _have_imatrix(state: Run) -> None:
     if (why := stage_is_done(state, "imatrix", key)) is not None:
         _add_coverage(state, final)
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
-        return
+        return imatrix.read(final)
     why = why_again(state, "imatrix", key)
     text_path = state.work / text.file_name
     write_atomic(text_path, text.data)
@@ -461,17 +465,39 @@ def _have_imatrix(state: Run) -> None:
     try:
         made = imatrix.read(computed)
         imatrix.check(made, header, n_chunks=n_chunks or seen)
+        clean = _finite(state, made)
     except (BadInputError, VerificationError):
         shutil.rmtree(parts)  # so that the same command computes it again
         raise
+    if clean is not made:
+        imatrix.write(clean, partial_path(final, state.work))
+        computed = partial_path(final, state.work)
     replace_durably(computed, final)
     shutil.rmtree(parts)
     if made_for_this:
         model.unlink()
     facts = CalibrationFacts(name=text.name, source=text.source, n_bytes=len(text.data), sha256=text.sha256)
     argv = argv_of(0, options.chunks, None, final.name)
-    _record_imatrix(state, final, made, key=key, argv=argv, seconds=seconds, text=facts)
+    _record_imatrix(state, final, clean, key=key, argv=argv, seconds=seconds, text=facts)
     state.did(Done("imatrix", final.name, True, why, seconds, final.stat().st_size))
+    return made
+
+
+def _finite(state: Run, made: imatrix.Imatrix) -> imatrix.Imatrix:
+    """The imatrix without the tensors that hold NaN or Inf; the same one when there are none. Nothing is silent."""
+    clean = imatrix.finite(made)
+    broken = sorted(set(made.entries) - set(clean.entries))
+    if not broken:
+        return made
+    if not clean.entries:
+        raise VerificationError(
+            f"{made.path} holds NaN or Inf for every tensor",
+            next_step="Compute it again, with another calibration text.",
+        )
+    shown = ", ".join(broken[: coverage.SHOWN]) + (" ..." if len(broken) > coverage.SHOWN else "")
+    why = f"NaN or Inf in {shown}: taken out, llama-quantize refuses a file with any"
+    state.did(Done("imatrix", f"{len(broken)} of {len(made.entries)} tensors", False, why, 0.0))
+    return clean
 
 
 def _calibration_text(state: Run, header: gguf_io.Header) -> calibration.Text:
@@ -529,26 +555,30 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     return model, True
 
 
-def _given_imatrix(state: Run, given: Path, final: Path, *, header: gguf_io.Header, base_sha: str) -> None:
-    """Use the user's own imatrix after the same checks."""
+def _given_imatrix(state: Run, given: Path, final: Path, *, header: gguf_io.Header, base_sha: str) -> imatrix.Imatrix:
+    """Use the user's own imatrix after the same checks; as it was read."""
     made = imatrix.read(given)
     imatrix.check(made, header)
+    clean = _finite(state, made)
     key = sha256_json(["imatrix", base_sha, state.memory.sha256(given)])
     if stage_is_done(state, "imatrix", key) is None:
         partial = partial_path(final, state.work)
         # The name of the text ends in a key of every file: without the directories of the machine it was made on.
         datasets = [PureWindowsPath(name).name if "\\" in name else Path(name).name for name in made.datasets]
-        if datasets == list(made.datasets):
+        clean = replace(clean, datasets=tuple(datasets))
+        if set(clean.entries) != set(made.entries):
+            imatrix.write(clean, partial)
+        elif datasets == list(made.datasets):
             copy(given, partial)
         else:
             renamed = {"imatrix.datasets": gguf_io.strings_value(datasets)}
             gguf_io.write_with_values(gguf_io.read_header(given), partial, renamed)
-        made = replace(made, datasets=tuple(datasets))
         replace_durably(partial, final)
-        _record_imatrix(state, final, made, key=key, argv=[], seconds=0.0, text=None)
+        _record_imatrix(state, final, clean, key=key, argv=[], seconds=0.0, text=None)
     else:
         _add_coverage(state, final)
     state.did(Done("imatrix", final.name, False, "given with --imatrix", 0.0, final.stat().st_size))
+    return made
 
 
 def _add_coverage(state: Run, final: Path) -> None:

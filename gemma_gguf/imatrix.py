@@ -8,7 +8,7 @@ ten chunks, so completeness is read from the content.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -295,20 +295,39 @@ def write_placeholder(path: Path, base: Header, dataset: str) -> None:
     llama-quantize chooses some types by whether there is an imatrix, and writes its name, data set and counts into
     keys; with the names of the real one the planned sizes come out exact.
     """
+    entries: dict[str, Entry] = {}
+    for tensor in base.tensors:
+        if tensor.name.startswith("blk.") and tensor.name.endswith(".weight") and len(tensor.shape) > 1:
+            experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+            sums = np.ones((experts, tensor.shape[0]), dtype=np.float32)
+            entries[tensor.name] = Entry(sums, np.ones(experts, dtype=np.float32))
+    write(Imatrix(path, 1, CHUNK_TOKENS, (dataset,), entries), path)
+
+
+def write(imatrix: Imatrix, path: Path) -> None:
+    """Write an imatrix in llama-imatrix's layout."""
     from gguf import GGUFWriter  # noqa: PLC0415 - only needed here
 
     writer = GGUFWriter(path, arch="")
     writer.kv_data[0].clear()  # an imatrix has no architecture
     writer.add_string("general.type", "imatrix")
-    writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
-    for tensor in base.tensors:
-        if tensor.name.startswith("blk.") and tensor.name.endswith(".weight") and len(tensor.shape) > 1:
-            experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
-            writer.add_tensor(f"{tensor.name}.in_sum2", np.ones((experts, tensor.shape[0]), dtype=np.float32))
-            writer.add_tensor(f"{tensor.name}.counts", np.ones((experts, 1), dtype=np.float32))
+    writer.add_array("imatrix.datasets", list(imatrix.datasets))
+    writer.add_uint32("imatrix.chunk_count", imatrix.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
+    for name, entry in imatrix.entries.items():
+        writer.add_tensor(f"{name}.in_sum2", entry.sums)
+        writer.add_tensor(f"{name}.counts", entry.counts.reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def finite(imatrix: Imatrix) -> Imatrix:
+    """Without the tensors whose data holds NaN or Inf: llama-quantize refuses a file with any, whatever it makes."""
+    kept = {
+        name: entry
+        for name, entry in imatrix.entries.items()
+        if np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()
+    }
+    return replace(imatrix, entries=kept)
