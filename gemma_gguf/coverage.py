@@ -148,8 +148,7 @@ def refusal(
         groups.setdefault((gap.what, gap.recipes), []).append(gap.tensor)
     lines = []
     for (what, recipes), tensors in groups.items():
-        more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
-        lines.append(f"  {', '.join(tensors[:SHOWN])}{more}: {what}; used by {', '.join(recipes)}")
+        lines.append(f"  {listed(tensors)}: {what}; used by {', '.join(recipes)}")
     text = "another imatrix, or none: one is computed" if given else "more calibration text (--calibration, --chunks)"
     choices = [text]
     if pin is None:
@@ -164,6 +163,23 @@ def refusal(
 
 
 # --- for people ---------------------------------------------------------------------------------------------------
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of many names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def unseen_experts(coverage: Sequence[Coverage]) -> list[str]:
+    """`2 of 128 in blk.7.ffn_down_exps` for every tensor with experts that no token reached."""
+    return [
+        f"{n} of {row.n_experts} in blk.{layer}.{row.kind}"
+        for row in coverage
+        for layer, n in zip(row.layers, row.unseen, strict=True)
+        if n
+    ]
+
 
 COLUMNS = ("Layer", "Tensors", "Tokens", "Experts without", "Active columns", "Evenness")
 

@@ -388,17 +388,10 @@ def _cover(state: Run, made: imatrix.Imatrix) -> None:
     state.record(state.manifest)
     for recipe, tensors in pins.items():
         state.did(Done("coverage", recipe, False, f"without data, raised to {pin}: {', '.join(sorted(tensors))}", 0.0))
-    unseen = [
-        (row.kind, n, row.layers[i])
-        for row in imatrix.coverage(imatrix.finite(made))
-        for i, n in enumerate(row.unseen)
-        if n
-    ]
+    unseen = coverage.unseen_experts(state.manifest.imatrix.coverage if state.manifest.imatrix else [])
     if unseen:
-        shown = ", ".join(f"{n} of blk.{layer}.{kind}" for kind, n, layer in unseen[: coverage.SHOWN])
-        more = f" and of {len(unseen) - coverage.SHOWN} more tensors" if len(unseen) > coverage.SHOWN else ""
-        why = f"no token reached {shown}{more}: their columns count the same"
-        state.did(Done("coverage", f"{sum(n for _, n, _ in unseen)} experts", False, why, 0.0))
+        why = f"no token reached {coverage.listed(unseen)}: their columns count the same"
+        state.did(Done("coverage", "experts", False, why, 0.0))
 
 
 def _plans_of(state: Run, header: gguf_io.Header) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
@@ -490,12 +483,9 @@ def _finite(state: Run, made: imatrix.Imatrix) -> imatrix.Imatrix:
     if not broken:
         return made
     if not clean.entries:
-        raise VerificationError(
-            f"{made.path} holds NaN or Inf for every tensor",
-            next_step="Compute it again, with another calibration text.",
-        )
-    shown = ", ".join(broken[: coverage.SHOWN]) + (" ..." if len(broken) > coverage.SHOWN else "")
-    why = f"NaN or Inf in {shown}: taken out, llama-quantize refuses a file with any"
+        next_step = "Compute it again, with another calibration text."
+        raise VerificationError(f"{made.path} holds NaN or Inf for every tensor", next_step=next_step)
+    why = f"NaN or Inf in {coverage.listed(broken)}: taken out, llama-quantize refuses a file with any"
     state.did(Done("imatrix", f"{len(broken)} of {len(made.entries)} tensors", False, why, 0.0))
     return clean
 

@@ -331,6 +331,14 @@ def test_layers_are_summed_up_over_their_kinds_of_weight() -> None:
     assert coverage.layer_rows([]) == []
 
 
+def test_experts_that_are_let_pass_are_named() -> None:
+    rows = [row.model_copy(update={"n_experts": 128}) for row in examples.coverage()]
+    assert coverage.unseen_experts(rows) == []
+    rows[1] = rows[1].model_copy(update={"unseen": [0, 3, *[0] * 31, 1]})
+    assert coverage.unseen_experts(rows) == ["3 of 128 in blk.1.ffn_down", "1 of 128 in blk.33.ffn_down"]
+    assert coverage.listed([str(n) for n in range(14)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more"
+
+
 def test_the_command_prints_what_every_layer_saw(finished: Report, again: Options) -> None:
     given = ["--base", str(again.base), "--imatrix", str(finished.set_dir / f"{STEM}-imatrix.gguf")]
     argv = ["imatrix", again.model, "--name", "test/tiny-vision", "--out", str(again.out), "--recipes", "Q6_K", *given]
