@@ -312,7 +312,7 @@ def _fit_grid(state: Run) -> None:
         started = time.monotonic()
         header = gguf_io.read_header(state.base)
         (q4_0,) = recipes.select(["Q4_0"], state.offered)
-        asked = plan_recipe(state, qat.applied(q4_0, facts), header, with_imatrix=False)
+        asked = plan_recipe(state, q4_0, header, with_imatrix=False)
         grid = qat.measure(header, asked, state.progress)
         facts = facts.model_copy(update={"grid": grid, "verdict": qat.verdict(grid)})
         seconds = round(time.monotonic() - started, 2)

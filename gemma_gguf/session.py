@@ -545,20 +545,24 @@ def select_recipes(state: Run, names: Iterable[str]) -> tuple[Recipe, ...]:
     """The recipes called `names`, as they are made for this model by this build."""
     arch = state.source.facts.gguf_arch
     chosen = recipes.select(names, state.offered, state.options.custom)
-    return tuple(adapted(embedding.fitted(recipe, arch), state.manifest) for recipe in chosen)
+    return tuple(embedding.fitted(qat.applied(recipe, state.manifest.qat), arch) for recipe in chosen)
 
 
 def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tuple[Recipe, ...]:
-    """Recipes as this base needs them; see `recipes.fitted`. What a parent makes of a tensor llama-quantize says."""
+    """Recipes as this base and its imatrix need them; see `recipes.fitted` and `coverage.pinned`.
+
+    What a parent makes of a tensor llama-quantize says.
+    """
     unread = gemma.unread_layers(header)
     has_per_layer = gemma.PER_LAYER_EMBEDDING in header.by_name
 
     def per_layer_type(recipe: Recipe) -> str | None:
-        if recipe.parent is None or not has_per_layer:
+        like = "Q4_0" if recipe.static else recipe.parent
+        if like is None or not has_per_layer:
             return None
         parent = quantize.plan_recipe(
             state.build,
-            recipes.TABLE[recipe.parent],
+            recipes.TABLE[like],
             str(header.path.resolve()),
             imatrix=None,
             n_tensors=len(header.tensors),
@@ -567,12 +571,8 @@ def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tupl
         )
         return str(parent.types[gemma.PER_LAYER_EMBEDDING].name)
 
-    return tuple(recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted)
-
-
-def adapted(recipe: Recipe, facts: Manifest) -> Recipe:
-    """A recipe of the table as a set makes it: a QAT set's static Q4_0, tensors raised for want of imatrix data."""
-    return coverage.pinned(qat.applied(recipe, facts.qat), facts.pins.get(recipe.name, {}))
+    made = [recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted]
+    return tuple(coverage.pinned(recipe, state.manifest.pins.get(recipe.name, {})) for recipe in made)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:

@@ -195,6 +195,13 @@ def test_only_q4_0_is_made_otherwise() -> None:
     assert qat.applied(recipes.TABLE["Q4_0"], None) is recipes.TABLE["Q4_0"]
 
 
+def test_embeddings_per_layer_keep_the_type_of_a_plain_q4_0() -> None:
+    """Of E models they are several times the embedding, and would follow its type."""
+    made = recipes.fitted(qat.applied(recipes.TABLE["Q4_0"], examples.qat()), (), "Q4_0")
+    assert made.flags[:2] == ("--tensor-type", "per_layer_token_embd=Q4_0")
+    assert recipes.fitted(recipes.TABLE["Q4_0"], (), None) == recipes.TABLE["Q4_0"]
+
+
 # --- the card -----------------------------------------------------------------------------------------------------
 
 TOLD = {
