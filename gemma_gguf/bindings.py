@@ -54,6 +54,35 @@ def tokens(model: str, text: str, settings: Settings) -> dict[str, object]:
     return {"n_tokens": len(found) - int(ends), "n_vocab": llama.n_vocab()}
 
 
+def tokenize(model: str, text: str, settings: Settings) -> dict[str, object]:
+    """Ids of many texts, and what llama.cpp makes of the vocabulary.
+
+    `text` is a JSON file: rows of [text, add_special, parse_special]. The ids go to the file `ids` as int32, for each
+    row their number and then they. Last come the tokens that llama.cpp takes for control tokens, which is not for every
+    model what the file says: it mends types of tokens that it knows.
+    """
+    import llama_cpp  # noqa: PLC0415
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    llama_cpp.llama_backend_init()
+    how = llama_cpp.llama_model_default_params()
+    how.vocab_only = True
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), how)
+    if not loaded:
+        raise RuntimeError(f"llama.cpp cannot load {model}")
+    vocab = llama_cpp.llama_model_get_vocab(loaded)
+
+    n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+
+    def rows() -> Iterator[list[int]]:
+        for written, add_special, parse_special in json.loads(Path(text).read_bytes()):
+            yield _token_ids(llama_cpp, vocab, written.encode(), add_special=add_special, parse_special=parse_special)
+        yield [token for token in range(n_vocab) if llama_cpp.llama_vocab_is_control(vocab, token)]
+
+    write_stream(Path(settings["ids"]), (np.array([len(row), *row], np.int32).tobytes() for row in rows()))
+    return {"n_vocab": n_vocab}
+
+
 def base_logits(model: str, text: str, settings: Settings) -> dict[str, object]:
     """Write the base's distribution at every scored token of a text to the file `logits`, chunk after chunk.
 
@@ -80,7 +109,8 @@ def score(model: str, text: str, settings: Settings) -> dict[str, object]:
     """The figures of `scoring.summary` for a model against a base, on one text.
 
     The base's distributions come from the file `logits` that `base_logits` wrote, or, with `base`, from that model,
-    which then runs beside this one, chunk by chunk; the figures are the same.
+    which then runs beside this one, chunk by chunk; the figures are the same. `by_chunk` has the scored tokens of each
+    chunk and the sum of their divergences: two files are compared by it.
     """
     found = []
     with contextlib.ExitStack() as stack:
@@ -99,7 +129,8 @@ def score(model: str, text: str, settings: Settings) -> dict[str, object]:
                 records, codes = _read_base(base, len(chunk.targets), forward.n_vocab)
             found.append(scoring.score(forward.logits(chunk), chunk.targets, records, codes, pool))
             _say_progress(done + 1, len(chunks))
-    return scoring.summary(np.concatenate(found))
+    by_chunk = [[len(tokens), float(tokens["kld"].sum())] for tokens in found]
+    return {**scoring.summary(np.concatenate(found) if found else np.empty(0, scoring.TOKEN)), "by_chunk": by_chunk}
 
 
 def _read_base(file: BinaryIO, n_rows: int, n_vocab: int) -> tuple[scoring.Records, scoring.Codes]:
@@ -437,6 +468,7 @@ COMMANDS = {
     "perceive": perceive,
     "check": check,
     "tokens": tokens,
+    "tokenize": tokenize,
     "base_logits": base_logits,
     "score": score,
     "contexts": contexts,

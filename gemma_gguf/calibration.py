@@ -121,20 +121,16 @@ def write_table() -> Path:
     return table
 
 
-def _documents(split: str) -> list[str]:
-    """All documents of a split in a fixed order that keeps every kind spread over the whole length.
+def _documents(split: str, kind: str | None = None) -> list[str]:
+    """All documents of a split, or of one kind, in a fixed order that keeps every kind spread over the whole length.
 
     Each document gets a place at an even distance within its kind, shifted by a seeded random number.
     """
     by_kind: dict[str, list[str]] = {}
     for part in parts(split):
-        data = part.path.read_bytes()
-        if sha256_bytes(data) != part.sha256:
-            raise BadInputError(
-                f"{part.path} is not the text that calibration/parts.toml names",
-                next_step="Restore it, or write the table anew with: make calibration-table",
-            )
-        by_kind.setdefault(part.kind, []).extend(data.decode("utf-8").strip("\n").split(SEPARATOR))
+        if kind not in (None, part.kind):
+            continue
+        by_kind.setdefault(part.kind, []).extend(_text_of(part).split(SEPARATOR))
     placed: list[tuple[float, str]] = []
     rng = random.Random(20261122)
     for documents in by_kind.values():
@@ -143,6 +139,25 @@ def _documents(split: str) -> list[str]:
         placed += [((i + offset) / len(documents), text) for i, text in enumerate(documents)]
     placed.sort()
     return [text.strip("\n") for _, text in placed]
+
+
+def part_documents(split: str) -> dict[str, str]:
+    """{`lang-ja/3`: text} of every document of a split: what is in it, not in what order it is read."""
+    found: dict[str, str] = {}
+    for part in parts(split):
+        documents = _text_of(part).split(SEPARATOR)
+        found |= {f"{part.name}/{number}": text for number, text in enumerate(documents, start=1)}
+    return found
+
+
+def _text_of(part: Part) -> str:
+    data = part.path.read_bytes()
+    if sha256_bytes(data) != part.sha256:
+        raise BadInputError(
+            f"{part.path} is not the text that calibration/parts.toml names",
+            next_step="Restore it, or write the table anew with: make calibration-table",
+        )
+    return data.decode("utf-8").strip("\n")
 
 
 def _interleaved(split: str) -> Text:
@@ -180,6 +195,24 @@ def turns_of(turns: Turns | None, conversations: Iterable[Conversation]) -> list
         )
         for messages in conversations
     ]
+
+
+def kinds() -> list[str]:
+    """The kinds of text in the mix: `lang`, `code`, `prose`, ..."""
+    return sorted({part.kind for part in parts("mix")})
+
+
+def of_kind(kind: str) -> Text:
+    """The documents of the mix that are of one kind."""
+    joined = "\n\n".join(_documents("mix", kind)) + "\n"
+    return Text(kind, f"gemma-gguf calibration/mix/{kind}-*", joined.encode("utf-8"))
+
+
+def from_file(path: Path) -> Text:
+    """A text of the user's. Raises `BadInputError` when there is none, or when it is empty or not UTF-8."""
+    if not is_file(path):
+        raise BadInputError(f"there is no text {path}", next_step="Give the path of a text file.")
+    return _checked(Text(_safe_stem(path), path.name, path.read_bytes()), path)
 
 
 def held_out() -> Text:
@@ -226,7 +259,7 @@ def load(name: str, download_dir: Path) -> Text:
             f"there is no calibration file or set called {name!r}",
             next_step=f"{meant}Give a text file or one of: {', '.join(known)}.",
         )
-    return _checked(Text(_safe_stem(path), path.name, path.read_bytes()), path)
+    return from_file(path)
 
 
 def _safe_stem(path: Path) -> str:

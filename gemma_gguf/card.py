@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import embedding, gemma, memory, pictures, prompts, recipes, table
+from gemma_gguf import embedding, gates, gemma, memory, pictures, prompts, qat, recipes, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import BuildFacts, Manifest, Similarity, argument
 from gemma_gguf.resources import TEMPLATES
@@ -216,20 +216,36 @@ def reproduce_command(manifest: Manifest) -> str:
     convert = manifest.stages.get("convert")
     if convert is not None and not convert.argv:
         argv += ["--base", f"{manifest.stem}-bf16.gguf"]
+    if manifest.parity is not None and (manifest.parity.differences or manifest.parity.problem):
+        argv.append("--allow-mismatch")
     if imatrix is not None and not imatrix.argv:
         argv += ["--imatrix", f"{manifest.stem}-imatrix.gguf"]
-    elif imatrix is not None and manifest.calibration is not None:
+    argv += _decisions(manifest)
+    if imatrix is not None and imatrix.argv and manifest.calibration is not None:
         if manifest.calibration.name != "default":
             argv += ["--calibration", manifest.calibration.name]
         argv += _after(imatrix.argv[0], "--chunks", "--chunks") + _after(imatrix.argv[0], "-ngl", "--gpu-layers")
     return shlex.join(argv)
 
 
+def _decisions(manifest: Manifest) -> list[str]:
+    """What was decided about a QAT checkpoint, and about tensors without imatrix data."""
+    argv: list[str] = []
+    if manifest.qat is not None:
+        argv += ["--qat"] if manifest.qat.said_by == "--qat" else []
+        argv += ["--qat-embedding", manifest.qat.embedding] if manifest.qat.embedding != qat.EMBEDDINGS[0] else []
+    elif qat.is_said(manifest.model.model, manifest.model.front_matter):
+        argv.append("--no-qat")
+    kinds = sorted({kind for tensors in manifest.pins.values() for kind in tensors.values()})
+    return [*argv, "--pin-uncovered", kinds[-1]] if kinds else argv
+
+
 def custom_recipes(manifest: Manifest) -> str:
     """The set's recipes that are no rows of ours, as the lines of `gemma-gguf.toml` that define them."""
     own = {recipe.name: (recipe.ftype, recipe.flags, recipe.about) for recipe in manifest.custom_recipes}
     for entry in manifest.files:
-        if entry.flags and entry.recipe and entry.recipe not in recipes.TABLE:
+        adapted = entry.static or entry.recipe in manifest.pins  # its flags are not the user's own alone
+        if entry.flags and entry.recipe and entry.recipe not in recipes.TABLE and not adapted:
             own[entry.recipe] = (str(entry.ftype), entry.flags, entry.about or "")
     lines: list[str] = []
     for name, (ftype, flags, about) in own.items():
@@ -303,8 +319,8 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
     """Everything the templates may name; `words` translates what is said in rows."""
     words = words or gettext.NullTranslations()
     build, picked = manifest.llama_cpp, table.pick(manifest)
-    close = table.closeness(manifest)
-    quality, likes = table.qualities(manifest), [q for q in close.values() if isinstance(q, Similarity)]
+    close = gates.closeness(manifest)
+    quality, likes = gates.qualities(manifest), [q for q in close.values() if isinstance(q, Similarity)]
     setups = {(q.text, q.text_sha256, q.mode, q.chunk_size, q.n_chunks, q.n_tokens): q for q in quality.values()}
     lines = {(q.text, q.text_sha256, q.n_lines): q for q in likes}
     large = [entry for entry in table.in_order(manifest) if entry.parent is not None]
@@ -340,6 +356,15 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "setups": list(setups.values()),
         "line_setups": list(lines.values()),
         "pick": picked,
+        "static": manifest.qat is not None and any(entry.recipe == "Q4_0" for entry in models),
+        "grid": _grid(manifest),
+        "pins": [
+            (recipe, ", ".join(sorted(set(tensors.values()))), sorted(tensors))
+            for recipe, tensors in manifest.pins.items()
+            if any(entry.recipe == recipe for entry in models)
+        ],
+        "unseen_experts": _unseen_experts(manifest),
+        "held": sorted(gates.verdicts(manifest)),
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
         "splits": [entry for entry in models if "/" in entry.name],
         "mmproj": table.projector(manifest),
@@ -363,6 +388,24 @@ def _embedding_prompts(manifest: Manifest) -> dict[str, str]:
     prompts = facts.prompts if facts is not None else {}
     first = [name for name in (embedding.QUERY, embedding.DOCUMENT) if name in prompts]
     return {name: prompts[name] for name in (*first, *sorted(set(prompts) - set(first))) if prompts[name]}
+
+
+def _grid(manifest: Manifest) -> dict[str, str] | None:
+    """How the weights of a QAT checkpoint lie on the grid of Q4_0, over all kinds; None where it was not measured."""
+    facts = manifest.qat
+    if facts is None or facts.verdict is None:
+        return None
+    figures = {"best": "residual", "ggml": "residual_ggml", "none": "residual_none"}
+    shares = {name: f"{qat.overall(facts.grid, name):.1%}" for name in ("fits", "fits_ggml")}
+    changes = {name: f"{qat.overall(facts.grid, figure):.2%}" for name, figure in figures.items()}
+    return {"verdict": facts.verdict, **shares, **changes}
+
+
+def _unseen_experts(manifest: Manifest) -> tuple[int, int] | None:
+    """(experts that no calibration token reached, all experts), counted by layer and kind; None when all were."""
+    rows = [row for row in manifest.imatrix.coverage if row.n_experts > 1] if manifest.imatrix else []
+    unseen = sum(sum(row.unseen) for row in rows)
+    return (unseen, sum(row.n_experts * len(row.layers) for row in rows)) if unseen else None
 
 
 # --- rendering ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Exit code 0: done. 1: something the user can mend, with one clear error. 2: wron
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,19 +17,23 @@ import click
 import gemma_gguf
 from gemma_gguf import (
     batch,
+    calibrate,
     calibration,
     card,
+    coverage,
     demo,
     embedding,
     evaluate,
     evidence,
     factory,
     fanout,
+    gates,
     kernel_check,
     llama_cpp,
     manifest,
     planning,
     proof,
+    qat,
     recipes,
     refresh,
     session,
@@ -39,6 +44,7 @@ from gemma_gguf import (
 from gemma_gguf.console import Console
 from gemma_gguf.doctor import judge
 from gemma_gguf.errors import GemmaGGUFError, VerificationError
+from gemma_gguf.files import write_atomic
 from gemma_gguf.pictures import Drawn
 from gemma_gguf.session import ENGINES, CardOptions, Done, Options, PublishOptions
 
@@ -161,9 +167,32 @@ _evaluation_options = _with_options(
         metavar="all|none|A,B,...",
         help=f"Recipes whose speed is measured (default: {', '.join(evaluate.BENCH_DEFAULT)}).",
     ),
+    click.option(
+        "--max-kld",
+        type=click.FloatRange(0, min_open=True),
+        metavar="NATS",
+        help=f"Hold back files whose KL divergence is above this (at first: {manifest.DEFAULT_GATES.max_kld:g}).",
+    ),
+    click.option(
+        "--max-kld-ratio",
+        type=click.FloatRange(1),
+        metavar="TIMES",
+        help="Hold back files whose KL divergence is above so many times that of a smaller one "
+        f"(at first: {manifest.DEFAULT_GATES.max_kld_ratio:g}).",
+    ),
+    click.option(
+        "--max-kld-errors",
+        type=click.FloatRange(0),
+        metavar="N",
+        help=f"... by more than N standard errors (at first: {manifest.DEFAULT_GATES.errors:g}).",
+    ),
 )
 _set_options = _with_options(
-    click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
+    click.option(
+        "--name",
+        metavar="ORG/MODEL",
+        help="What the files are named by: of a local checkpoint, or instead of a hub id.",
+    ),
     click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),
@@ -194,6 +223,21 @@ _set_options = _with_options(
     ),
     click.option("--chunks", type=click.IntRange(1), help="Use only the first N chunks of it (default: all)."),
     click.option("--imatrix", type=click.Path(path_type=Path, dir_okay=False), help="Use this imatrix; compute none."),
+    click.option(
+        "--pin-uncovered",
+        type=click.Choice(coverage.PIN_TYPES, case_sensitive=False),
+        help="Raise tensors for which the imatrix has no data to this type, in the recipes that would use it.",
+    ),
+    click.option(
+        "--qat/--no-qat",
+        default=None,
+        help="The checkpoint was trained for Q4_0, or was not (default: as its name and card say).",
+    ),
+    click.option(
+        "--qat-embedding",
+        type=click.Choice(qat.EMBEDDINGS, case_sensitive=False),
+        help="Type of the embedding in the Q4_0 file of a QAT checkpoint (at first: Q6_K).",
+    ),
     click.option(
         "--base",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -239,6 +283,11 @@ _set_options = _with_options(
         default=True,
         show_default=True,
         help="Make one small recipe with llama-quantize, too, and compare sha256.",
+    ),
+    click.option(
+        "--allow-mismatch",
+        is_flag=True,
+        help="Go on where tokenizer or chat template of the GGUF are not the checkpoint's, and say so on the card.",
     ),
     click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size, time and inode."),
     _build_options,
@@ -286,6 +335,10 @@ def _bench(text: str | None) -> tuple[str, ...] | None:
     return names or None
 
 
+def _bounds(given: Mapping[str, Any]) -> gates.Bounds:
+    return gates.Bounds(given.get("max_kld"), given.get("max_kld_ratio"), given.get("max_kld_errors"))
+
+
 def _options(given: Mapping[str, Any], until: str) -> Options:
     """What the command line gave, as the factory takes it."""
     configured = _loaded().settings
@@ -311,12 +364,17 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         max_memory=given["max_memory"],
         scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
+        allow_mismatch=given["allow_mismatch"],
         proof=given["proof"],
         evaluate=given.get("evaluate", True),
         eval_chunks=given.get("eval_chunks"),
         eval_disk_budget=given.get("eval_disk_budget", evaluate.DISK_BUDGET),
         bench=_bench(given.get("bench")),
         reference=given["reference"],
+        bounds=_bounds(given),
+        qat=given["qat"],
+        qat_embedding=given["qat_embedding"],
+        pin_uncovered=given["pin_uncovered"],
         until=until,
         rehash=given["rehash"],
         wait=given["wait"],
@@ -336,6 +394,8 @@ def _run(ctx: click.Context, /, until: str, **given: Any) -> None:
     report = factory.run(options, progress=console.progress, say=console.did)
     console.report(report)
     facts = manifest.load(report.set_dir)
+    if until == "imatrix" and facts.imatrix is not None:
+        console.table(coverage.COLUMNS, coverage.layer_rows(facts.imatrix.coverage), right=range(6))
     console.document(
         {
             "set_dir": str(report.set_dir),
@@ -551,6 +611,7 @@ def evaluate_command(ctx: click.Context, /, directory: Path, **given: Any) -> No
             reference=given["reference"],
             threads=given["threads"],
             gpu_layers=given["gpu_layers"],
+            bounds=_bounds(given),
         ),
         given["llama_cpp_spec"],
         backend=given["backend"],
@@ -625,6 +686,114 @@ def publish(ctx: click.Context, /, which: str, *, yes: bool, wait: bool, **given
         ctx.exit(1)
     elif not seen.plan.is_done:
         console.say("Nothing was sent. Send it with: --yes")
+
+
+def _curve(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tuple[int, ...], bool]:
+    """Whole numbers above zero between commas, and whether `all` is among them."""
+    names = _names(value)
+    if not names or not all(re.fullmatch(r"[1-9][0-9]{0,6}|all", name) for name in names):
+        raise click.BadParameter(f"{value!r} is no list of numbers; write for example 16,32,64,all")
+    return tuple(int(name) for name in names if name != "all"), "all" in names
+
+
+@main.command(name="calibrate")
+@click.argument("model")
+@click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out"),
+    show_default=True,
+    help="Where sets go; this works in .work below it.",
+)
+@click.option(
+    "--sets",
+    callback=_tags,
+    default=",".join(calibrate.DEFAULT_SETS),
+    show_default=True,
+    metavar="A,B,...",
+    help="Calibration texts: default, one kind of it (prose, code, lang, ...), "
+    f"{', '.join(calibration.PUBLIC_SETS)}, or files. Others are compared with the first.",
+)
+@click.option(
+    "--recipes",
+    "recipe_names",
+    callback=_tags,
+    default=",".join(calibrate.DEFAULT_RECIPES),
+    show_default=True,
+    metavar="A,B,...",
+    help="Rows that are made with each text, and where llama.cpp allows it with none.",
+)
+@click.option(
+    "--chunks",
+    "curve",
+    callback=_curve,
+    default=",".join([*map(str, calibrate.DEFAULT_CHUNKS), "all"]),
+    show_default=True,
+    metavar="N,M,...,all",
+    help="Chunks of 512 tokens to use of each text: the curve. With `all` also where another text ends.",
+)
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Measure on this plain text instead of ours; no set should hold any of it.",
+)
+@click.option(
+    "--eval-chunks",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Measure on N chunks of it, or conversations "
+    f"(default: {evaluate.DEFAULT_CHUNKS['plain']}, {evaluate.DEFAULT_CHUNKS['chat']}).",
+)
+@click.option(
+    "--markdown", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the table here, too."
+)
+@_threads
+@_gpu_layers
+@click.option("--jobs", type=click.IntRange(1), help="Worker processes that quantise (default: all cores).")
+@_build_options
+@_json
+@click.pass_context
+def calibrate_command(ctx: click.Context, /, model: str, **given: Any) -> None:
+    """Compare calibration texts: KL divergence of low-bit files of MODEL with each, and with none, by chunks used.
+
+    What was measured before is kept; imatrices and figures lie in the work directory.
+
+    \b
+    gemma-gguf calibrate demo
+    gemma-gguf calibrate ./my-gemma --sets default,prose,novel.txt --recipes IQ2_M,Q2_K --chunks 32,64
+    """
+    console = _console(ctx)
+    options = Options(
+        model=model,
+        name=given["name"],
+        out=given["out"],
+        llama_cpp=given["llama_cpp_spec"],
+        backend=given["backend"],
+        cmake_args=given["cmake_args"],
+        threads=given["threads"],
+        gpu_layers=given["gpu_layers"],
+        jobs=given["jobs"],
+        until="convert",
+        wait=given["wait"],
+    )
+    asked = calibrate.Asked(
+        sets=given["sets"],
+        recipes=given["recipe_names"],
+        chunks=given["curve"][0],
+        whole=given["curve"][1],
+        held_out=given["held_out"],
+        eval_chunks=given["eval_chunks"],
+    )
+    found = factory.calibrate_sets(options, asked, progress=console.progress, say=console.did)
+    console.table(calibrate.columns(found), calibrate.cells(found), right=(2, 3, 4, 5))
+    console.say("Below zero is better; * marks differences beyond two standard errors.")
+    if found.is_dequantised:
+        console.say("The weights of this base were quantised once before, so no text is better because of this table.")
+    if given["markdown"] is not None:
+        write_atomic(given["markdown"], calibrate.markdown(found))
+    console.document(found.document())
 
 
 @main.command(name="card")

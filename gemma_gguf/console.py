@@ -90,8 +90,10 @@ class Console:
     def _did(self, done: Done) -> None:
         self._end_bar()
         size = f"  {gigabytes(done.n_bytes)}" if done.n_bytes is not None else ""
-        if done.stage == "proof":
+        if done.stage == "proof" or (done.stage == "parity" and done.made):
             self._err.print(f"[green]same[/]  {done.stage:<9} {shown(done.name)}  [dim]({shown(done.why)})[/]")
+        elif done.stage == "gate":
+            self._err.print(f"[bold red]held[/]  {done.stage:<9} {shown(done.name)}  {shown(done.why)}")
         elif done.stage == "evaluate" and done.made:
             self._err.print(f"[green]read[/]  {done.stage:<9} {shown(done.name)}  {shown(done.why)}")
         elif done.stage == "publish" and done.made:

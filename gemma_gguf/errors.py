@@ -41,6 +41,14 @@ class VerificationError(GemmaGGUFError):
     """A file is not what was planned; it never gets its final name."""
 
 
+class NoFiguresError(VerificationError):
+    """A file that was measured gives NaN or Inf; `why` says where."""
+
+    def __init__(self, what: str, *, why: str, next_step: str | None = None, log: Path | None = None) -> None:
+        super().__init__(what, next_step=next_step, log=log)
+        self.why = why
+
+
 class DiskError(GemmaGGUFError):
     """The disk is full or does not do what it is asked."""
 

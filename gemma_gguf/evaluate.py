@@ -23,10 +23,10 @@ import numpy as np
 from gemma_gguf import chat, scoring
 from gemma_gguf.calibration import Conversation, Text
 from gemma_gguf.embedding import Lines, Vectors, similarity
-from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, NoFiguresError, ToolFailedError, VerificationError
 from gemma_gguf.files import scratch, sha256_bytes, write_atomic
 from gemma_gguf.llama_cpp import Build, RunLog, ask_bindings, cpu_name, cpu_threads, run_tool
-from gemma_gguf.manifest import FileEntry, Measured, Quality, Similarity, Speed
+from gemma_gguf.manifest import Failed, FileEntry, Measured, Quality, Similarity, Speed
 from gemma_gguf.progress import Progress, silent
 
 CHUNK_TOKENS = 512
@@ -138,20 +138,24 @@ class Against:
     gpu_layers: int
     other_builds: frozenset[str] = frozenset()  # whose measurements of unchanged files were kept
 
-    def measured(self, quality: Quality | None) -> bool:
-        """Whether a quality that is known already is of just this base, text, depth and build."""
-        return (
-            quality is not None
-            and (
-                quality.base_sha256,
-                quality.text_sha256,
-                quality.mode,
-                quality.chunk_size,
-                quality.n_chunks,
-            )
-            == (self.base_sha256, self.material.sha256, self.material.mode, CHUNK_TOKENS, self.n_chunks)
-            and (quality.build in {self.build.key, *self.other_builds})
-        )
+    def current(self, found: Quality | Similarity | Failed | None) -> Quality | Failed | None:
+        """What was found earlier, if it is of just this base, text and depth, by a build that counts as this one."""
+        if isinstance(found, Quality | Failed) and _is_of(found, self.facts, self.other_builds):
+            return found
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `Quality` and `Failed` say of how it was measured."""
+        return {
+            "base_sha256": self.base_sha256,
+            "text": self.material.name,
+            "text_sha256": self.material.sha256,
+            "mode": self.material.mode,
+            "chunk_size": CHUNK_TOKENS,
+            "n_chunks": self.n_chunks,
+            "build": self.build.key,
+        }
 
     @property
     def settings(self) -> dict[str, object]:
@@ -162,6 +166,12 @@ class Against:
             "threads": self.threads,
             "gpu_layers": self.gpu_layers,
         }
+
+
+def _is_of(found: Quality | Similarity | Failed, facts: Mapping[str, Any], other_builds: frozenset[str]) -> bool:
+    """Whether something was measured as these facts say, by the build they name or one of the others."""
+    same = all(getattr(found, name) == value for name, value in facts.items() if name != "build")
+    return same and found.build in {facts["build"], *other_builds}
 
 
 def count_chunks(build: Build, model: Path, material: Material, directory: Path, log: RunLog) -> tuple[int, int]:
@@ -190,8 +200,11 @@ def comparing(
     disk_budget: int = DISK_BUDGET,
     log: RunLog,
     progress: Progress = silent,
+    note: Callable[[Sequence[tuple[int, float]]], None] = lambda _: None,
 ) -> Iterator[Callable[[Path], Quality]]:
-    """A function that measures a file.
+    """A function that measures a file; it raises `NoFiguresError` for one whose logits are not finite.
+
+    `note` gets (scored tokens, sum of their divergences) of every chunk, too.
 
     `directory` is for this alone: what an earlier run left in it goes first, and all of it goes last. The base's
     distributions are written with the first file, unless they take more than `disk_budget` bytes or would
@@ -226,23 +239,16 @@ def comparing(
             if stored and not logits.exists():
                 ask("base_logits", against.base, "reading the text with the base", place)
             answer = ask("score", file, f"evaluating {file.stem}", place)
-            return Quality(
-                base_sha256=against.base_sha256,
-                text=against.material.name,
-                text_sha256=against.material.sha256,
-                mode=against.material.mode,  # type: ignore[arg-type] # pydantic checks it
-                chunk_size=CHUNK_TOKENS,
-                n_chunks=against.n_chunks,
-                build=against.build.key,
-                **answer,
-            )
+            note([(int(n), float(kld)) for n, kld in answer.pop("by_chunk")])
+            return Quality(**against.facts, **answer)
 
         yield measure
 
 
-def _not_measurable(file: Path, why: object, log: RunLog) -> VerificationError:
-    return VerificationError(
+def _not_measurable(file: Path, why: str, log: RunLog) -> NoFiguresError:
+    return NoFiguresError(
         f"{file} cannot be measured: {why}",
+        why=why,
         next_step="Delete it and run the same command again; --no-evaluate leaves the evaluation out.",
         log=log.path,
     )
@@ -261,14 +267,30 @@ class Embedding:
     lines: Lines
     threads: int
     gpu_layers: int
+    other_builds: frozenset[str] = frozenset()  # whose measurements of unchanged files were kept
 
-    def measured(self, known: Similarity | None) -> bool:
-        """Whether a similarity that is known already is of just this base, lines and build."""
-        return known is not None and (known.base_sha256, known.text_sha256, known.build) == (
-            self.base_sha256,
-            self.lines.sha256,
-            self.build.key,
-        )
+    def current(self, found: Quality | Similarity | Failed | None) -> Similarity | Failed | None:
+        """What was found earlier, if it is of just this base and lines, by a build that counts as this one."""
+        if isinstance(found, Failed) and _is_of(found, self.facts, self.other_builds):
+            return found
+        if isinstance(found, Similarity) and _is_of(found, self.of_lines, self.other_builds):
+            return found
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `Failed` says of how it was measured: lines are its chunks."""
+        return {**self.of_lines, "mode": "embedding", "chunk_size": None, "n_chunks": len(self.lines.texts)}
+
+    @property
+    def of_lines(self) -> dict[str, Any]:
+        """What `Similarity` says of how it was measured."""
+        return {
+            "base_sha256": self.base_sha256,
+            "text": self.lines.name,
+            "text_sha256": self.lines.sha256,
+            "build": self.build.key,
+        }
 
 
 @contextlib.contextmanager
@@ -304,14 +326,7 @@ def embedding_files(
                 figures = similarity(base[0], vectors(file, f"evaluating {file.stem}"))
             except VerificationError as error:
                 raise _not_measurable(file, error.what, log) from error
-            return Similarity(
-                base_sha256=against.base_sha256,
-                text=against.lines.name,
-                text_sha256=against.lines.sha256,
-                prompt=against.lines.prompt,
-                build=against.build.key,
-                **figures,
-            )
+            return Similarity(**against.of_lines, prompt=against.lines.prompt, **figures)
 
         yield measure
 

@@ -12,19 +12,34 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
-from gemma_gguf import calibration, embedding, evaluate, gemma, gguf_io, llama_cpp, manifest
-from gemma_gguf.errors import BadInputError, VerificationError
+from gemma_gguf import calibration, embedding, evaluate, gates, gemma, gguf_io, llama_cpp, manifest
+from gemma_gguf.errors import BadInputError, NoFiguresError, VerificationError
 from gemma_gguf.evaluate import Against, Material
 from gemma_gguf.files import HashMemory, sha256_json
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
+from gemma_gguf.manifest import Evidence, Failed, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.session import WORK, Done, Run, base_places, open_work
 
 M = TypeVar("M", Quality, Similarity)
-NOTHING = Evidence(quality=None, similarity=None, speed=None)
+M_co = TypeVar("M_co", Quality, Similarity, covariant=True)
+
+
+class _Against(Protocol[M_co]):
+    """What the files of a set are compared with: `evaluate.Against`, `evaluate.Embedding`."""
+
+    @property
+    def base_sha256(self) -> str: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def current(self, found: Quality | Similarity | Failed | None) -> M_co | Failed | None: ...
+
+
+NOTHING = Evidence(quality=None, failed=None, similarity=None, speed=None)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Measuring:
     reference: str | None = None  # a recipe that stands in for the base
     threads: int | None = None
     gpu_layers: int = 0
+    bounds: gates.Bounds = gates.AS_RECORDED
 
     def argv(self) -> list[str]:
         """The options that say the same to `gemma-gguf evaluate`."""
@@ -64,18 +80,25 @@ class _Set:
     say: Callable[[Done], None]
     whole: bool = True  # every file of the manifest must be there; not so while they are taken away, wave by wave
 
-    def note(self, sha256: str, measured: Quality | Similarity | Speed) -> None:
+    def note(self, sha256: str, measured: Quality | Failed | Similarity | Speed) -> None:
         """Write down what was measured of the bytes with this hash; the rest of the evidence stays."""
-        part = {Quality: "quality", Similarity: "similarity", Speed: "speed"}[type(measured)]
-        new = self.manifest.evidence.get(sha256, NOTHING).model_copy(update={part: measured})
+        part = {Quality: "quality", Failed: "failed", Similarity: "similarity", Speed: "speed"}[type(measured)]
+        # A file has figures of one kind, or a reason why it has none.
+        cleared = {} if part == "speed" else {"quality": None, "similarity": None, "failed": None}
+        new = self.manifest.evidence.get(sha256, NOTHING).model_copy(update={**cleared, part: measured})
         self.record(self.manifest.model_copy(update={"evidence": {**self.manifest.evidence, sha256: new}}))
 
     def record(self, new: Manifest) -> None:
-        self.manifest = new
-        manifest.save(new, self.directory)
+        self.manifest = gates.recorded(new)
+        manifest.save(self.manifest, self.directory)
 
     def known(self, sha256: str) -> Evidence:
         return self.manifest.evidence.get(sha256, NOTHING)
+
+    def tried(self, sha256: str) -> Quality | Similarity | Failed | None:
+        """How close these bytes are to a base, or why nobody can tell, as far as that is known."""
+        known = self.known(sha256)
+        return known.quality or known.similarity or known.failed
 
 
 def evaluate_run(state: Run) -> None:
@@ -99,6 +122,7 @@ def evaluate_run(state: Run) -> None:
         reference=options.reference,
         threads=options.threads,
         gpu_layers=options.gpu_layers,
+        bounds=options.bounds,
     )
     try:
         _measure(these, how)
@@ -138,6 +162,8 @@ def evaluate_set(
 
 def _measure(these: _Set, how: Measuring) -> None:
     started = time.monotonic()
+    chosen_bounds = how.bounds.chosen(these.manifest.gates)
+    these.record(these.manifest.model_copy(update={"gates": chosen_bounds}))
     present = _present(these)
     base, base_sha256 = _base(these, present, how.reference)
     chosen = evaluate.bench_choice(present, how.bench)
@@ -158,6 +184,8 @@ def _measure(these: _Set, how: Measuring) -> None:
         argv = ["gemma-gguf", "evaluate", these.directory.name, *how.argv()]
         stage = StageRecord(key=key, argv=[argv], seconds=round(seconds, 2), outputs={})
         these.record(these.manifest.model_copy(update={"evidence": kept}).with_stage("evaluate", stage))
+    for name, verdict in gates.verdicts(these.manifest).items():
+        these.say(Done("gate", name, False, str(verdict), 0.0))
 
 
 def _present(these: _Set) -> list[FileEntry]:
@@ -249,7 +277,7 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
     )
     files = _compared(these, present, base, base_sha256)
     n_vocab = 0
-    if not all(against.measured(these.known(sha256).quality) for sha256 in files):
+    if not all(against.current(these.tried(sha256)) for sha256 in files):
         n_available, n_vocab = evaluate.count_chunks(these.build, base, material, these.work, these.log)
         against = replace(against, n_chunks=min(against.n_chunks, n_available))
     comparing = evaluate.comparing(
@@ -260,9 +288,7 @@ def _measure_quality(these: _Set, present: Sequence[FileEntry], base: Path, base
         log=these.log,
         progress=these.progress,
     )
-    known = {sha256: these.known(sha256).quality for sha256 in files}
-    current = {sha256: found for sha256, found in known.items() if found is not None and against.measured(found)}
-    _measure_each(these, files, current, comparing, what="text", shown=_shown)
+    _measure_each(these, files, against, comparing, what="text", shown=_shown)
     return sha256_json(["evaluate", base_sha256, material.sha256, material.mode, against.n_chunks, these.build.key])
 
 
@@ -278,14 +304,13 @@ def _measure_similarity(these: _Set, present: Sequence[FileEntry], base: Path, b
         lines=embedding.lines_of(text.name, text.data, said, how.chunks),
         threads=evaluate.threads_or_default(how.threads),
         gpu_layers=how.gpu_layers,
+        other_builds=these.manifest.evidence_builds(these.build.key),
     )
     files = _compared(these, present, base, base_sha256)
     embedding_files = evaluate.embedding_files(
         against, directory=these.work / "evaluate", log=these.log, progress=these.progress
     )
-    known = {sha256: these.known(sha256).similarity for sha256 in files}
-    current = {sha256: found for sha256, found in known.items() if found is not None and against.measured(found)}
-    _measure_each(these, files, current, embedding_files, what="lines", shown=_shown_similarity)
+    _measure_each(these, files, against, embedding_files, what="lines", shown=_shown_similarity)
     return sha256_json(["evaluate", base_sha256, against.lines.sha256, these.build.key])
 
 
@@ -298,26 +323,40 @@ def _compared(these: _Set, present: Sequence[FileEntry], base: Path, base_sha256
 def _measure_each(
     these: _Set,
     files: Mapping[str, tuple[str, Path]],
-    current: Mapping[str, M],
+    against: _Against[M],
     opened: AbstractContextManager[Callable[[Path], M]],
     *,
     what: str,
     shown: Callable[[M], str],
 ) -> None:
-    """Measure every file that `current` does not hold with what `opened` gives, which is entered if there is any."""
+    """Measure every file that was not measured `against` just this with what `opened` gives, entered if there is any.
+
+    A file without finite figures is noted as such, unless it is the base: then nothing can be compared, and
+    `NoFiguresError` goes on.
+    """
+
+    def says(found: M | Failed) -> str:
+        return f"no finite figures: {found.why}" if isinstance(found, Failed) else shown(found)
+
     with contextlib.ExitStack() as stack:
         measure: Callable[[Path], M] | None = None
         for sha256, (name, path) in files.items():
-            if (known := current.get(sha256)) is not None:
-                why = f"the same file, base, {what} and build: {shown(known)}"
+            if (known := against.current(these.tried(sha256))) is not None:
+                why = f"the same file, base, {what} and build: {says(known)}"
                 these.say(Done("evaluate", name, False, why, 0.0))
                 continue
             if measure is None:
                 measure = stack.enter_context(opened)
             begun = time.monotonic()
-            found = measure(path)
+            found: M | Failed
+            try:
+                found = measure(path)
+            except NoFiguresError as error:
+                if sha256 == against.base_sha256:
+                    raise
+                found = Failed(**against.facts, why=error.why)
             these.note(sha256, found)
-            these.say(Done("evaluate", name, True, shown(found), time.monotonic() - begun))
+            these.say(Done("evaluate", name, True, says(found), time.monotonic() - begun))
 
 
 def _shown_similarity(found: Similarity) -> str:

@@ -8,16 +8,20 @@ here and return values to here.
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from gguf.constants import GGMLQuantizationType
+
 from gemma_gguf import (
+    calibrate,
     calibration,
     card,
     chat,
     convert,
+    coverage,
     embedding,
     evidence,
     gemma,
@@ -26,17 +30,21 @@ from gemma_gguf import (
     llama_cpp,
     manifest,
     memory,
+    parity,
     pictures,
+    plan,
     planning,
     production,
     prompts,
     publishing,
+    qat,
     quantize,
+    recipes,
     source,
     survey,
     verify,
 )
-from gemma_gguf.errors import BadInputError, KilledError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, KilledError, MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import (
     copy,
     link_or_copy,
@@ -67,6 +75,7 @@ from gemma_gguf.session import (
     Report,
     Run,
     calibration_text,
+    fitted,
     new_entry,
     open_run,
     plan_recipe,
@@ -133,12 +142,30 @@ def remake(state: Run, *, new_imatrix: bool) -> None:
         _evaluate(state)
 
 
+def calibrate_sets(
+    options: Options,
+    asked: calibrate.Asked,
+    *,
+    progress: Progress = silent,
+    say: Callable[[Done], None] = lambda _: None,
+) -> calibrate.Comparison:
+    """Compare calibration sets on a model, converting it first if needed; what was measured before is kept."""
+    survey.refuse_what_cannot_work(options)
+    name = source.understand(options.model, options.name)
+    with open_run(options, name, progress, say) as state:
+        _convert(state)
+        _compare_with_checkpoint(state)
+        return calibrate.compare_sets(state, asked, _calibration_text(state, gguf_io.read_header(state.base)))
+
+
 # --- convert -----------------------------------------------------------------------------------------------------
 
 
 def _convert_and_describe(state: Run) -> None:
     _convert(state)
+    _compare_with_checkpoint(state)
     _describe(state)
+    _fit_grid(state)
 
 
 def _convert(state: Run) -> None:
@@ -224,6 +251,40 @@ def _given_base(state: Run, base: Path) -> None:
     state.did(Done("convert", state.base.name, False, "given with --base", 0.0, base.stat().st_size))
 
 
+def _compare_with_checkpoint(state: Run) -> None:
+    """Tokenizer and chat template of the base must be the checkpoint's, or the user must want it all the same."""
+    texts = calibration.part_documents("mix")
+    key = parity.key(state.memory.sha256(state.base), state.source, state.build, texts)
+    known, allowed = state.manifest.parity, state.options.allow_mismatch
+    what = "tokenizer and chat template"
+    done = stage_is_done(state, "parity", key) is not None and known is not None
+    if done and known is not None and (allowed or not (known.differences or known.problem)):
+        state.did(Done("parity", what, False, f"compared before: {parity.shown(known)}", 0.0))
+        return
+    started = time.monotonic()
+    state.progress("comparing the tokenizer with the checkpoint's", 0, 1, "models")
+    try:
+        facts = parity.compare(
+            state.source,
+            state.base,
+            gguf_io.read_header(state.base),
+            state.build,
+            texts=texts,
+            work=state.work,
+            log=state.log,
+        )
+        if not allowed:
+            parity.refuse(facts, state.log)
+    except (MissingToolError, ToolFailedError) as error:
+        if not allowed or isinstance(error, KilledError):
+            raise
+        facts = parity.not_compared(state.build, error.what, texts)
+    seconds = round(time.monotonic() - started, 2)
+    new = state.manifest.model_copy(update={"parity": facts})
+    state.record(new.with_stage("parity", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
+    state.did(Done("parity", what, True, parity.shown(facts), seconds))
+
+
 def _describe(state: Run) -> None:
     """Into the manifest what cards tell of a model and only its base knows: memory of a context, and prompts."""
     template = state.source.facts.chat_template
@@ -241,6 +302,28 @@ def _describe(state: Run) -> None:
     )
     seconds = round(time.monotonic() - started, 2)
     state.record(new.with_stage("describe", StageRecord(key=key, argv=[], seconds=seconds, outputs={})))
+
+
+def _fit_grid(state: Run) -> None:
+    """Of a QAT checkpoint: how its weights lie on the grid of Q4_0. Ordinary weights under such a name are refused."""
+    facts = state.manifest.qat
+    if facts is None:
+        state.record(state.manifest)  # an earlier run may have taken it for one
+        return
+    key = sha256_json(["qat", 1, state.memory.sha256(state.base), state.build.key])
+    why = None if facts.verdict is None else stage_is_done(state, "qat", key)
+    if why is None:
+        started = time.monotonic()
+        header = gguf_io.read_header(state.base)
+        (q4_0,) = recipes.select(["Q4_0"], state.offered)
+        asked = plan_recipe(state, q4_0, header, with_imatrix=False)
+        grid = qat.measure(header, asked, state.progress)
+        facts = facts.model_copy(update={"grid": grid, "verdict": qat.verdict(grid)})
+        seconds = round(time.monotonic() - started, 2)
+        record = StageRecord(key=key, argv=[], seconds=seconds, outputs={})
+        state.record(state.manifest.model_copy(update={"qat": facts}).with_stage("qat", record))
+    state.did(Done("qat", "Q4_0 grid", False, qat.summary(facts), 0.0))
+    qat.refuse_ordinary_weights(state.source.name.model, facts)
 
 
 def _measured_contexts(state: Run, header: gguf_io.Header) -> list[ContextMemory]:
@@ -276,14 +359,61 @@ def _renderer(header: gguf_io.Header) -> prompts.Render:
 
 
 def _imatrix(state: Run) -> None:
+    _cover(state, _have_imatrix(state))
+
+
+def _cover(state: Run, made: imatrix.Imatrix) -> None:
+    """Every wanted recipe gets the data it uses, or tensors are raised as asked, or the run ends here.
+
+    `made` may hold NaN or Inf; the set's file does not.
+    """
+    path = state.set_dir / imatrix.file_name(state.stem)
+    header = gguf_io.read_header(state.base)
+    # What is raised is decided anew, but for recipes that are not asked for now.
+    names = {recipe.name for recipe in wanted_recipes(state)}
+    kept = {recipe: tensors for recipe, tensors in state.manifest.pins.items() if recipe not in names}
+    state.manifest = state.manifest.model_copy(update={"pins": kept})
+    unread, pin = frozenset(gemma.unread_tensors(header)), state.options.pin_uncovered
+    safe = GGMLQuantizationType[pin] if pin else None
+    plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
+    found = coverage.gaps(made, header, plans, unread=unread)
+    pins: dict[str, dict[str, str]] = {}
+    if found and safe is not None:
+        pins = coverage.pins(found, plans, safe)
+        state.manifest = state.manifest.model_copy(update={"pins": {**kept, **pins}})
+        plans = {recipe.name: planned for recipe, planned in _plans_of(state, header)}
+        found = coverage.gaps(made, header, plans, unread=unread, safe=safe)
+    for gap in found:
+        state.log.note(f"{path.name}: {gap.tensor} {gap.what}; used by {', '.join(gap.recipes)}")
+    if found:
+        wanted = [recipe.name for recipe in wanted_recipes(state)]
+        given = state.options.imatrix is not None
+        raise coverage.refusal(path, found, wanted, given=given, pin=pin)
+    state.record(state.manifest)
+    for recipe, tensors in pins.items():
+        state.did(Done("coverage", recipe, False, f"without data, raised to {pin}: {', '.join(sorted(tensors))}", 0.0))
+    unseen = coverage.unseen_experts(state.manifest.imatrix.coverage if state.manifest.imatrix else [])
+    if unseen:
+        why = f"no token reached {coverage.listed(unseen)}: their columns count the same"
+        state.did(Done("coverage", "experts", False, why, 0.0))
+
+
+def _plans_of(state: Run, header: gguf_io.Header) -> Iterator[tuple[recipes.Recipe, plan.FilePlan]]:
+    """What llama-quantize would make of every wanted recipe with the imatrix."""
+    wanted = [recipe for recipe in fitted(state, wanted_recipes(state), header) if not recipe.is_base]
+    for done, recipe in enumerate(wanted):
+        state.progress("planning", done, len(wanted), "recipes")
+        yield recipe, plan_recipe(state, recipe, header, with_imatrix=True)
+
+
+def _have_imatrix(state: Run) -> imatrix.Imatrix:
+    """The imatrix in the set, computed or given; as it was read, with what was taken out of the set's file."""
     options = state.options
     final = state.set_dir / imatrix.file_name(state.stem)
     base_sha = state.memory.sha256(state.base)
     header = gguf_io.read_header(state.base)
-    needed = _needs_imatrix(state, header)
     if options.imatrix is not None:
-        _given_imatrix(state, options.imatrix, final, header=header, needed=needed, base_sha=base_sha)
-        return
+        return _given_imatrix(state, options.imatrix, final, header=header, base_sha=base_sha)
     text = _calibration_text(state, header)
     # The number of threads changes no byte of the result, but who gives it wants it recorded, not recomputed.
     identity = ["imatrix", base_sha, text.sha256, text.file_name, options.chunks, options.gpu_layers, state.build.key]
@@ -291,7 +421,7 @@ def _imatrix(state: Run) -> None:
     if (why := stage_is_done(state, "imatrix", key)) is not None:
         _add_coverage(state, final)
         state.did(Done("imatrix", final.name, False, why, 0.0, final.stat().st_size))
-        return
+        return imatrix.read(final)
     why = why_again(state, "imatrix", key)
     text_path = state.work / text.file_name
     write_atomic(text_path, text.data)
@@ -331,18 +461,37 @@ def _imatrix(state: Run) -> None:
     )
     try:
         made = imatrix.read(computed)
-        imatrix.check(made, header, needed, n_chunks=n_chunks or seen)
+        imatrix.check(made, header, n_chunks=n_chunks or seen)
+        clean = _finite(state, made)
     except (BadInputError, VerificationError):
         shutil.rmtree(parts)  # so that the same command computes it again
         raise
+    if clean is not made:
+        imatrix.write(clean, partial_path(final, state.work))
+        computed = partial_path(final, state.work)
     replace_durably(computed, final)
     shutil.rmtree(parts)
     if made_for_this:
         model.unlink()
     facts = CalibrationFacts(name=text.name, source=text.source, n_bytes=len(text.data), sha256=text.sha256)
     argv = argv_of(0, options.chunks, None, final.name)
-    _record_imatrix(state, final, made, key=key, argv=argv, seconds=seconds, text=facts)
+    _record_imatrix(state, final, clean, key=key, argv=argv, seconds=seconds, text=facts)
     state.did(Done("imatrix", final.name, True, why, seconds, final.stat().st_size))
+    return made
+
+
+def _finite(state: Run, made: imatrix.Imatrix) -> imatrix.Imatrix:
+    """The imatrix without the tensors that hold NaN or Inf; the same one when there are none. Nothing is silent."""
+    clean = imatrix.finite(made)
+    broken = sorted(set(made.entries) - set(clean.entries))
+    if not broken:
+        return made
+    if not clean.entries:
+        next_step = "Compute it again, with another calibration text."
+        raise VerificationError(f"{made.path} holds NaN or Inf for every tensor", next_step=next_step)
+    why = f"NaN or Inf in {coverage.listed(broken)}: taken out, llama-quantize refuses a file with any"
+    state.did(Done("imatrix", f"{len(broken)} of {len(made.entries)} tensors", False, why, 0.0))
+    return clean
 
 
 def _calibration_text(state: Run, header: gguf_io.Header) -> calibration.Text:
@@ -400,28 +549,30 @@ def _imatrix_model(state: Run) -> tuple[Path, bool]:
     return model, True
 
 
-def _given_imatrix(
-    state: Run, given: Path, final: Path, *, header: gguf_io.Header, needed: Sequence[str], base_sha: str
-) -> None:
-    """Use the user's own imatrix after the same checks."""
+def _given_imatrix(state: Run, given: Path, final: Path, *, header: gguf_io.Header, base_sha: str) -> imatrix.Imatrix:
+    """Use the user's own imatrix after the same checks; as it was read."""
     made = imatrix.read(given)
-    imatrix.check(made, header, needed)
+    imatrix.check(made, header)
+    clean = _finite(state, made)
     key = sha256_json(["imatrix", base_sha, state.memory.sha256(given)])
     if stage_is_done(state, "imatrix", key) is None:
         partial = partial_path(final, state.work)
         # The name of the text ends in a key of every file: without the directories of the machine it was made on.
         datasets = [PureWindowsPath(name).name if "\\" in name else Path(name).name for name in made.datasets]
-        if datasets == list(made.datasets):
+        clean = replace(clean, datasets=tuple(datasets))
+        if set(clean.entries) != set(made.entries):
+            imatrix.write(clean, partial)
+        elif datasets == list(made.datasets):
             copy(given, partial)
         else:
             renamed = {"imatrix.datasets": gguf_io.strings_value(datasets)}
             gguf_io.write_with_values(gguf_io.read_header(given), partial, renamed)
-        made = replace(made, datasets=tuple(datasets))
         replace_durably(partial, final)
-        _record_imatrix(state, final, made, key=key, argv=[], seconds=0.0, text=None)
+        _record_imatrix(state, final, clean, key=key, argv=[], seconds=0.0, text=None)
     else:
         _add_coverage(state, final)
     state.did(Done("imatrix", final.name, False, "given with --imatrix", 0.0, final.stat().st_size))
+    return made
 
 
 def _add_coverage(state: Run, final: Path) -> None:
@@ -460,21 +611,6 @@ def _record_imatrix(
         key=key, argv=[entry.argv] if argv else [], seconds=round(seconds, 2), outputs={final.name: entry.sha256}
     )
     state.record(new.with_stage("imatrix", stage))
-
-
-def _needs_imatrix(state: Run, header: gguf_io.Header) -> list[str]:
-    """Tensors of the blocks that llama-quantize will quantise: all of them must have data.
-
-    One recipe is asked for, without an imatrix: both change types, not which tensors are quantised. Embeddings and
-    output are quantised without one by llama.cpp's own rule.
-    """
-    recipe = next((recipe for recipe in wanted_recipes(state) if not recipe.is_base), None)
-    if recipe is None:
-        return []
-    asked = plan_recipe(state, recipe, header, with_imatrix=False)
-    unread = set(gemma.unread_tensors(header))
-    quantised = [tensor.name for tensor in asked.tensors if tensor.is_quantized and tensor.name.startswith("blk.")]
-    return [name for name in quantised if name not in unread]
 
 
 # --- quantize -----------------------------------------------------------------------------------------------------

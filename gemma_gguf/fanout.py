@@ -135,13 +135,16 @@ def build_job(
     for output in outputs:
         if [tensor.name for tensor in output.plan.tensors] != order:
             raise ToolFailedError(f"llama-quantize plans {output.recipe} in another tensor order than the rest")
+    # Where there is no data, files with and without the imatrix hold the same bytes.
+    weighted = set(gguf_io.read_header(imatrix).by_name) if imatrix is not None else set()
     tensors: list[dict[str, Any]] = []
     for position, name in enumerate(order):
         info = base.by_name[name]
-        targets: dict[GGMLQuantizationType, list[list[int]]] = {}
+        targets: dict[tuple[GGMLQuantizationType, bool], list[list[int]]] = {}
         for index, output in enumerate(outputs):
-            kind = output.plan.tensors[position].target
-            targets.setdefault(kind, []).append([index, output.header.offsets[position]])
+            planned = output.plan.tensors[position]
+            static = output.plan.static and planned.is_quantized and f"{name}.in_sum2" in weighted
+            targets.setdefault((planned.target, static), []).append([index, output.header.offsets[position]])
         columns = info.shape[0]
         tensors.append(
             {
@@ -155,11 +158,12 @@ def build_job(
                 "targets": [
                     {
                         "type": kind.name,
+                        "static": static,
                         "row_bytes": n_bytes_of(kind, columns),
                         "phase": min(phase_of[outputs[index].recipe] for index, _ in places),
                         "places": places,
                     }
-                    for kind, places in targets.items()
+                    for (kind, static), places in targets.items()
                 ],
             }
         )

@@ -7,8 +7,8 @@ ten chunks, so completeness is read from the content.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +82,20 @@ def imatrix_argv(
     return argv
 
 
-def segments(n_chunks: int, size: int) -> list[tuple[int, int]]:
-    """(first chunk, chunks) of the runs that compute `n_chunks` together, each of about `size`.
+def segments(n_chunks: int, size: int, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """(first chunk, chunks) of the runs that compute `n_chunks` together, each of about `size`; one ends at each cut.
 
     llama-imatrix refuses to start with two or fewer chunks left, so such a rest belongs to the run before it.
     """
-    starts = [start for start in range(0, n_chunks, size) if start == 0 or n_chunks - start > 2]
+    ends = sorted({*range(0, n_chunks, size), *(cut for cut in cuts if 0 < cut < n_chunks)})
+    starts = [start for start in ends if start == 0 or n_chunks - start > 2]
     return [(start, end - start) for start, end in zip(starts, [*starts[1:], n_chunks], strict=True)]
+
+
+def part_at(directory: Path, n_chunks: int, cut: int, cuts: Sequence[int], size: int = SEGMENT_CHUNKS) -> Path:
+    """Where `compute` with the same `cuts` left the imatrix of the first `cut` chunks."""
+    first = next(first for first, count in segments(n_chunks, size, cuts) if first + count == cut)
+    return directory / f"part-{first}.gguf"
 
 
 def compute(
@@ -100,19 +107,21 @@ def compute(
     log: RunLog,
     progress: Progress = silent,
     segment_chunks: int = SEGMENT_CHUNKS,
+    cuts: Sequence[int] = (),
 ) -> tuple[Path, int, float]:
     """Compute an imatrix in runs of `segment_chunks`, each going on from the file of the one before.
 
     What llama-imatrix saves while it runs cannot be continued exactly: it saves when the first tensor has seen a chunk
     and the others have not. So runs are short, and a killed one is done again; sums are 32-bit floats in memory and in
-    the file, so the result has the bytes of one long run (a test compares them). `argv_of(first, chunks, from, out)`
-    gives a run's command line with names relative to `cwd`; `directory`, below it, keeps the parts. With `n_chunks`
+    the file, so the result has the bytes of one long run (a test compares them). Runs end at `cuts`, too: the file at
+    one (`part_at`) is the imatrix of so many chunks. `argv_of(first, chunks, from, out)` gives a run's command line
+    with names relative to `cwd`; `directory`, below it, keeps the parts. With `n_chunks`
     None (nobody could count the tokens) it is one run. Returns (file, chunks computed, seconds).
     """
     directory.mkdir(parents=True, exist_ok=True)
     seconds, computed = 0.0, 0
     previous: Path | None = None
-    for first, count in segments(n_chunks, segment_chunks) if n_chunks else [(0, None)]:
+    for first, count in segments(n_chunks, segment_chunks, cuts) if n_chunks else [(0, None)]:
         part = directory / f"part-{first}.gguf"
         if not part.exists():
             partial = partial_path(part)
@@ -198,10 +207,10 @@ def _chunks_read(counted: int, entries: Mapping[str, Entry]) -> int:
     """How many chunks of text were read, of those that llama-imatrix counted.
 
     It counts by the tensor that was used most, and Gemma 3n uses some of its own twice for every token. The queries of
-    the first layer are used once.
+    the first layer are used once. Counts that are no numbers say nothing; `coverage` tells of them.
     """
     once = entries.get("blk.0.attn_q.weight")
-    most = max(float(entry.counts.max(initial=0)) for entry in entries.values())
+    most = max(float(entry.counts.max(initial=0, where=np.isfinite(entry.counts))) for entry in entries.values())
     if once is None or not most > once.counts.max(initial=0) > 0:
         return counted
     return round(counted * float(once.counts.max()) / most)
@@ -212,11 +221,10 @@ def _refuse_size(header: Header) -> None:
         raise BadInputError(f"{header.path} has {header.file_size:,} bytes, more than the {MAX_BYTES:,} that are read")
 
 
-def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: int | None = None) -> None:
-    """Refuse an imatrix that is incomplete, broken, or of another model.
+def check(imatrix: Imatrix, base: Header, *, n_chunks: int | None = None) -> None:
+    """Refuse an imatrix that is incomplete or of another model; `coverage.gaps` says what is missing in it.
 
-    `needed` are the tensors that will be quantised by it, `n_chunks` how many chunks it must have seen. Raises
-    `VerificationError` that names the first offending tensors.
+    `n_chunks` is how many chunks it must have seen. Raises `VerificationError` that names the first offending tensor.
     """
     for name, entry in imatrix.entries.items():
         tensor = base.by_name.get(name)
@@ -227,20 +235,8 @@ def check(imatrix: Imatrix, base: Header, needed: Iterable[str], *, n_chunks: in
                 + ("is not a tensor of this one" if tensor is None else _shape_there(entry, experts)),
                 next_step="Use the imatrix of this very model, or leave --imatrix out to compute one.",
             )
-        if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-            raise VerificationError(
-                f"{imatrix.path} holds NaN or Inf for {name}", next_step="Compute it again: leave --imatrix out."
-            )
-    # After the numbers themselves: chunks are counted by them.
     if n_chunks is not None and imatrix.n_chunks != n_chunks:
         raise VerificationError(f"{imatrix.path} holds {imatrix.n_chunks} chunks, {n_chunks} were to be computed")
-    missing = [name for name in needed if name not in imatrix.entries or not imatrix.entries[name].counts.any()]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise VerificationError(
-            f"{imatrix.path} has no data for {len(missing)} tensors that need it: {shown}",
-            next_step="Use more calibration text, or leave out the recipes that need an imatrix.",
-        )
 
 
 def _shape_there(entry: Entry, experts: int) -> str:
@@ -299,20 +295,39 @@ def write_placeholder(path: Path, base: Header, dataset: str) -> None:
     llama-quantize chooses some types by whether there is an imatrix, and writes its name, data set and counts into
     keys; with the names of the real one the planned sizes come out exact.
     """
+    entries: dict[str, Entry] = {}
+    for tensor in base.tensors:
+        if tensor.name.startswith("blk.") and tensor.name.endswith(".weight") and len(tensor.shape) > 1:
+            experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+            sums = np.ones((experts, tensor.shape[0]), dtype=np.float32)
+            entries[tensor.name] = Entry(sums, np.ones(experts, dtype=np.float32))
+    write(Imatrix(path, 1, CHUNK_TOKENS, (dataset,), entries), path)
+
+
+def write(imatrix: Imatrix, path: Path) -> None:
+    """Write an imatrix in llama-imatrix's layout."""
     from gguf import GGUFWriter  # noqa: PLC0415 - only needed here
 
     writer = GGUFWriter(path, arch="")
     writer.kv_data[0].clear()  # an imatrix has no architecture
     writer.add_string("general.type", "imatrix")
-    writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
-    for tensor in base.tensors:
-        if tensor.name.startswith("blk.") and tensor.name.endswith(".weight") and len(tensor.shape) > 1:
-            experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
-            writer.add_tensor(f"{tensor.name}.in_sum2", np.ones((experts, tensor.shape[0]), dtype=np.float32))
-            writer.add_tensor(f"{tensor.name}.counts", np.ones((experts, 1), dtype=np.float32))
+    writer.add_array("imatrix.datasets", list(imatrix.datasets))
+    writer.add_uint32("imatrix.chunk_count", imatrix.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
+    for name, entry in imatrix.entries.items():
+        writer.add_tensor(f"{name}.in_sum2", entry.sums)
+        writer.add_tensor(f"{name}.counts", entry.counts.reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def finite(imatrix: Imatrix) -> Imatrix:
+    """Without the tensors whose data holds NaN or Inf: llama-quantize refuses a file with any, whatever it makes."""
+    kept = {
+        name: entry
+        for name, entry in imatrix.entries.items()
+        if np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()
+    }
+    return replace(imatrix, entries=kept)

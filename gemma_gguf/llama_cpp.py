@@ -11,10 +11,12 @@ neither git nor a GitHub connection.
 
 import codecs
 import contextlib
+import http.client
 import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -22,8 +24,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -166,23 +169,8 @@ def run_tool(
     children are stopped if this process is interrupted.
     """
     words = tuple(str(word) for word in argv)
-    log.note(f"{shlex.join(words)}" + (f"   (in {cwd})" if cwd else ""))
     started = time.monotonic()
-    try:
-        child = subprocess.Popen(
-            words,
-            cwd=cwd,
-            env={**{name: os.environ[name] for name in os.environ if name not in HUB_TOKENS}, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except FileNotFoundError as error:
-        raise MissingToolError(f"{words[0]} is not installed") from error
-    note = log.running / str(child.pid)
-    with contextlib.suppress(psutil.Error, DiskError):
-        write_atomic(note, str(psutil.Process(child.pid).create_time()))
+    child, note = _start(words, log, cwd=cwd, env=env)
     collected = bytearray()
     pending = ""
     peak_memory = 0
@@ -207,9 +195,7 @@ def run_tool(
         raise
     finally:
         child.stdout.close()
-        note.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other children may run
-            log.running.rmdir()
+        _forget(note)
     seconds = time.monotonic() - started
     log.note(f"exit code {code} after {seconds:.1f} s")
     output = collected.decode("utf-8", errors="replace")
@@ -219,6 +205,126 @@ def run_tool(
         kind = KilledError if code == -signal.SIGKILL else ToolFailedError
         raise kind(f"{Path(words[0]).name} {ended}. Its last lines:\n{last}", log=log.path)
     return ToolRun(words, output, seconds, peak_memory)
+
+
+def _start(
+    words: Sequence[str],
+    log: RunLog,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    without: tuple[str, ...] = (),
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """(a child whose output comes in one pipe, the note of it that `end_leftovers` finds after a crash).
+
+    It inherits this process's environment but for the Hub's tokens and what begins with one of `without`.
+    """
+    kept = {n: os.environ[n] for n in os.environ if n not in HUB_TOKENS and not n.startswith(without)}
+    log.note(f"{shlex.join(words)}" + (f"   (in {cwd})" if cwd else ""))
+    try:
+        child = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env={**kept, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise MissingToolError(f"{words[0]} is not installed") from error
+    note = log.running / str(child.pid)
+    with contextlib.suppress(psutil.Error, DiskError):
+        write_atomic(note, str(psutil.Process(child.pid).create_time()))
+    return child, note
+
+
+def _forget(note: Path) -> None:
+    note.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other children may run
+        note.parent.rmdir()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A llama-server that runs: ask it with `post`."""
+
+    port: int
+    key: str  # who does not know it gets no answer
+    output: Callable[[], str]  # what it has printed by now
+
+    def post(self, path: str, document: Mapping[str, object], *, seconds: float = 60.0) -> tuple[int, Any]:
+        """(HTTP status, JSON answer). Raises `ToolFailedError` when there is no such answer within `seconds`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+            connection.request("POST", path, json.dumps(document).encode(), headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            last = "\n".join(self.output().strip().splitlines()[-TAIL_LINES:])
+            raise ToolFailedError(
+                f"llama-server gave no answer to {path} ({type(error).__name__}: {error}). Its last lines:\n{last}"
+            ) from error
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def serving(
+    build: "Build", arguments: Sequence[str | Path], *, log: RunLog, wait_seconds: float = 3600.0
+) -> Iterator[Server]:
+    """Run this build's llama-server on a free port of the loopback interface, as long as the context lasts.
+
+    It chooses the port itself and says which, so no other process can take it in between. Settings that it would take
+    from `LLAMA_ARG_*` variables are kept from it: what it does must not depend on who asks. Raises `ToolFailedError`
+    when it ends, or has not loaded its model within `wait_seconds`.
+    """
+    words = [str(build.tool("llama-server")), *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
+    key = secrets.token_hex(16)
+    child, note = _start(words, log, env={"LLAMA_API_KEY": key}, without=("LLAMA_ARG_", "LLAMA_API_"))
+    assert child.stdout is not None
+    said = bytearray()
+    news = threading.Condition()
+    descriptor = child.stdout.fileno()
+
+    def read() -> None:
+        while chunk := os.read(descriptor, 1 << 16):
+            log.write(chunk)
+            with news:
+                said.extend(chunk)
+                news.notify_all()
+        with news:
+            ended.append(True)
+            news.notify_all()
+
+    def output() -> str:
+        return said.decode("utf-8", errors="replace")
+
+    def port() -> int | None:
+        found = re.search(r"listening on http://127\.0\.0\.1:([0-9]{1,5})\b", output())
+        return int(found[1]) if found else None
+
+    ended: list[bool] = []
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        with news:
+            news.wait_for(lambda: ended or port() is not None, wait_seconds)
+        listening = port()
+        if listening is None:
+            last = log.redactor.text("\n".join(output().strip().splitlines()[-TAIL_LINES:]))
+            how = "ended" if ended else f"was not ready after {wait_seconds:.0f} s"
+            killed = bool(ended) and child.wait() == -signal.SIGKILL
+            kind = KilledError if killed else ToolFailedError
+            raise kind(f"llama-server {how}. Its last lines:\n{last}", log=log.path)
+        yield Server(listening, key, output)
+    finally:
+        _stop(child)
+        reader.join(timeout=10)
+        child.stdout.close()
+        _forget(note)
+        log.note("llama-server was stopped")
 
 
 def ask_confined(

@@ -193,6 +193,7 @@ class FileEntry(_Model):
     about: str | None  # what the recipe is
     ftype: str | None  # what llama-quantize was told, beside `flags`
     flags: list[str]
+    static: bool  # made without the set's imatrix
     state: Literal["local", "remote"]  # `local` files are there and whole, `remote` ones need not be on this disk
     remote: RemotePlace | None  # of `remote` files
     n_bytes: Count
@@ -223,6 +224,7 @@ class FileEntry(_Model):
             flags=tuple(self.flags),
             parent=self.parent,
             about=self.about or "",
+            static=self.static,
         )
 
 
@@ -298,12 +300,64 @@ class Speed(_Model):
     peak_memory_bytes: Count | None  # resident, while loaded
 
 
+class Failed(_Model):
+    """Why a file gave no figures, and what was tried: as in `Quality`, or of a model that gives embeddings."""
+
+    base_sha256: Sha256
+    text: str
+    text_sha256: Sha256
+    mode: Literal["plain", "chat", "embedding"]
+    chunk_size: Count | None  # tokens; embeddings are of lines
+    n_chunks: Count
+    build: str
+    why: str
+
+
 class Evidence(_Model):
     """What was measured of the bytes with one sha256."""
 
     quality: Quality | None
     similarity: Similarity | None  # in the place of quality for a model that gives embeddings
+    failed: Failed | None  # in the place of both: the file's logits or embeddings are not finite
     speed: Speed | None
+
+
+class GateFacts(_Model):
+    """The bounds of the quality gate that were chosen for this set, and what they hold back: see `gates.py`."""
+
+    max_kld: Annotated[float, Field(gt=0)]  # nats, of any file
+    max_kld_ratio: Annotated[float, Field(ge=1)]  # times the KLD of a smaller file ...
+    errors: Annotated[float, Field(ge=0)]  # ... by more than so many standard errors of the difference
+    held: dict[SetPath, str]  # file -> why; what reads this document without gemma-gguf finds it here
+
+
+DEFAULT_GATES = GateFacts(max_kld=1.0, max_kld_ratio=2.0, errors=3.0, held={})
+
+
+class GridFit(_Model):
+    """How the weights of one kind lie on the grid of a block type: 32 weights share a scale, levels are -8 to 7.
+
+    Residuals are root mean square, relative to the weights'. A block fits when some scale gives back all of its
+    weights to the precision of BF16.
+    """
+
+    kind: Annotated[str, Field(pattern=r"^[\w.]{1,60}$")]  # `ffn_down`
+    n_tensors: Count
+    n_blocks: Count  # looked at
+    residual: float  # each block with its best scale
+    residual_ggml: float  # with ggml's: the largest weight over -8
+    residual_none: float  # what the best scales leave of the same weights when any grid in them is blurred
+    fits: float  # share of the blocks, 0 to 1
+    fits_ggml: float  # the same with the levels that ggml chooses
+
+
+class QatFacts(_Model):
+    """What is special about the set of a checkpoint that was trained for Q4_0."""
+
+    said_by: Literal["checkpoint", "--qat"]
+    embedding: Literal["Q6_K", "Q8_0"]  # of the Q4_0 file
+    verdict: Literal["ggml", "free", "near", "none"] | None  # what the weights lie on: see `qat.verdict`; None: not yet
+    grid: list[GridFit]
 
 
 class CacheGroup(_Model):
@@ -352,6 +406,33 @@ class PromptFacts(_Model):
     template_sha256: Sha256
     examples: list[PromptExample]
     problem: str | None
+
+
+class ParityDifference(_Model):
+    """One difference between what the base makes of a text and what the checkpoint's own tokenizer or template does."""
+
+    kind: Literal["tokens", "vocabulary", "bos", "template"]
+    where: str  # which text, conversation or token
+    position: Count | None  # of the first differing token, or character of a prompt
+    what: str
+
+
+class ParityFacts(_Model):
+    """Tokenizer and chat template of the base in llama.cpp against the checkpoint's in transformers."""
+
+    probe_sha256: Sha256  # of everything that was asked
+    reference: str  # "transformers 5.23.1, tokenizers 0.23.0"
+    asked: Literal["bindings", "llama-server"]  # who told llama.cpp's ids
+    build: str  # key of the llama.cpp build
+    n_texts: Count
+    n_tokens: Count  # compared one by one
+    n_vocab: Count  # tokens whose text was compared
+    n_added: Count  # added tokens, each read in a text of its own
+    n_conversations: Count  # rendered by llama-server and by transformers
+    left_out: dict[str, str]  # conversation or token -> why it was not compared
+    added_bos: bool  # llama.cpp puts <bos> before a text where the checkpoint's tokenizer leaves that to the template
+    problem: str | None  # why nothing could be compared; only with --allow-mismatch
+    differences: list[ParityDifference]  # only with --allow-mismatch
 
 
 class Picture(_Model):
@@ -432,10 +513,14 @@ class Manifest(_Model):
     custom_recipes: list[CustomRecipe]  # those of `recipes` that are no rows of the package's table
     files: list[FileEntry]
     card: CardChoices
+    qat: QatFacts | None  # None: an ordinary model
+    pins: dict[RecipeName, dict[str, str]]  # recipe -> tensor -> type it was raised to, for want of imatrix data
+    gates: GateFacts
     evidence: dict[Sha256, Evidence]  # by a file's sha256: a changed file never keeps old numbers
     context: ContextFacts | None  # None: of schema 1, which did not record it, or not converted yet
     prompts: PromptFacts | None  # the same, or a model without a chat template
     pictures: dict[Annotated[str, Field(pattern=r"^[a-z]{1,40}$")], Picture]
+    parity: ParityFacts | None  # None: of an older version, or not converted yet
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -533,10 +618,11 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         embeds = model.get("gguf_arch") == "gemma-embedding"
         raw = {**raw, "model": {"embedding": bare if embeds else None, **model}}
     if isinstance(evidence, dict):
-        with_similarity = {
-            key: {"similarity": None, **found} if isinstance(found, dict) else found for key, found in evidence.items()
+        completed = {
+            key: {"similarity": None, "failed": None, **found} if isinstance(found, dict) else found
+            for key, found in evidence.items()
         }
-        raw = {**raw, "evidence": with_similarity}
+        raw = {**raw, "evidence": completed}
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
@@ -546,6 +632,10 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         "quantisers": {},
         "refresh": None,
         "custom_recipes": [],
+        "qat": None,
+        "pins": {},
+        "parity": None,
+        "gates": DEFAULT_GATES.model_dump(),
     }
     return {**added, **raw, "schema_version": SCHEMA_VERSION}
 
@@ -554,7 +644,13 @@ def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
     """Before there were custom recipes, the name alone said how a file was made; nothing was published."""
     name = entry.get("recipe")
     row = TABLE.get(name) if isinstance(name, str) else None
-    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], "remote": None, **entry}
+    return {
+        "ftype": row.ftype if row else name,
+        "flags": list(row.flags) if row else [],
+        "static": False,
+        "remote": None,
+        **entry,
+    }
 
 
 def _no_constant(name: str) -> float:

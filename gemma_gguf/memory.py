@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_gguf import gemma, table
+from gemma_gguf import gates, gemma, table
 from gemma_gguf.errors import ToolFailedError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.manifest import CacheGroup, ContextFacts, ContextMemory, FileEntry, Manifest
@@ -204,18 +204,19 @@ def choices(manifest: Manifest) -> Choices | None:
     """Which file to choose, or None for a set whose context facts were not recorded or that has no models.
 
     Best is the lowest measured KLD; among files that were not measured, the largest. The unquantised file is what
-    the others are measured against and is no candidate unless it is alone.
+    the others are measured against and is no candidate unless it is alone. A file that is held back is none either.
     """
     facts = manifest.context
-    models = [entry for entry in manifest.files if entry.kind == "model"]
+    held = gates.verdicts(manifest)
+    models = [entry for entry in manifest.files if entry.kind == "model" and entry.name not in held]
     if facts is None or not models:
         return None
     bases = [entry for entry in models if entry.recipe == "bf16"]
     candidates = [entry for entry in models if entry not in bases] or models
     base = bases[0] if bases and bases[0] not in candidates else None
     projector = table.projector(manifest)
-    quality = {} if manifest.model.base_is_dequantised else table.closeness(manifest)
-    klds = {entry.name: table.distance(quality[entry.name]).value for entry in candidates if entry.name in quality}
+    quality = {} if manifest.model.base_is_dequantised else gates.closeness(manifest)
+    klds = {entry.name: gates.distance(quality[entry.name]).value for entry in candidates if entry.name in quality}
     ranked = sorted(candidates, key=lambda entry: _rank(entry, klds))
     lengths = contexts_of(facts.n_ctx_train)
     beside = {n_ctx: context_bytes(facts, n_ctx) for n_ctx in lengths}

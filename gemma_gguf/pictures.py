@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_gguf.files import sha256_json
+from gemma_gguf.gates import closeness, distance
 from gemma_gguf.manifest import Coverage, FileEntry, Manifest, Quality
-from gemma_gguf.table import closeness, distance, frontier
+from gemma_gguf.table import frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

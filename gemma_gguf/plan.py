@@ -58,10 +58,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """Every tensor of one file, in file order."""
+    """Every tensor of one file, in file order. A `static` file is made without the imatrix."""
 
     recipe: str
     tensors: tuple[PlannedTensor, ...]
+    static: bool = False
 
     @cached_property
     def types(self) -> dict[str, GGMLQuantizationType]:
@@ -135,6 +136,8 @@ def _ggml_type(name: str) -> GGMLQuantizationType:
 
 # --- the work of a whole set -------------------------------------------------------------------------------------
 
+_Piece = tuple[str, GGMLQuantizationType, bool]  # of work: tensor, type, and whether without the imatrix
+
 
 @dataclass(frozen=True)
 class Work:
@@ -159,13 +162,13 @@ def work_of(plans: Iterable[FilePlan]) -> Work:
     """The work of a set of files over one base."""
     asked: Counter[str] = Counter()
     distinct: Counter[str] = Counter()
-    seen: set[tuple[str, GGMLQuantizationType]] = set()
+    seen: set[_Piece] = set()
     for plan in plans:
         for tensor in plan.tensors:
             if tensor.is_quantized:
                 asked[tensor.target.name] += tensor.n_elements
-                if (tensor.name, tensor.target) not in seen:
-                    seen.add((tensor.name, tensor.target))
+                if (piece := (tensor.name, tensor.target, plan.static)) not in seen:
+                    seen.add(piece)
                     distinct[tensor.target.name] += tensor.n_elements
     return Work(dict(asked), dict(distinct))
 
@@ -191,11 +194,11 @@ def phases(plans: Sequence[FilePlan], speeds: Mapping[str, float], share: float 
     def cost(tensor: PlannedTensor) -> float:
         return tensor.n_elements / speeds[tensor.target.name] if tensor.is_quantized else 0.0
 
-    seen: set[tuple[str, GGMLQuantizationType]] = set()
+    seen: set[_Piece] = set()
     steps: list[tuple[str, float]] = []
     for plan in sorted(plans, key=lambda plan: sum(map(cost, plan.tensors))):
-        new = [tensor for tensor in plan.tensors if (tensor.name, tensor.target) not in seen]
-        seen |= {(tensor.name, tensor.target) for tensor in new}
+        new = [tensor for tensor in plan.tensors if (tensor.name, tensor.target, plan.static) not in seen]
+        seen |= {(tensor.name, tensor.target, plan.static) for tensor in new}
         steps.append((plan.recipe, sum(map(cost, new))))
     total = sum(seconds for _, seconds in steps)
     chosen: dict[str, int] = {}
@@ -217,7 +220,11 @@ def waves(
     work with what is in it. Raises `BadInputError` when a single file exceeds the budget.
     """
     costs = {
-        plan.recipe: {(t.name, t.target): t.n_elements / speeds[t.target.name] for t in plan.tensors if t.is_quantized}
+        plan.recipe: {
+            (t.name, t.target, plan.static): t.n_elements / speeds[t.target.name]
+            for t in plan.tensors
+            if t.is_quantized
+        }
         for plan in plans
     }
     too_large = [name for name in costs if sizes[name] > budget]

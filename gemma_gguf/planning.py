@@ -209,7 +209,8 @@ def outputs_of(
     imatrix_header = gguf_io.read_header(given)
     outputs = []
     for recipe in made:
-        keys = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
+        with_it = (None, None) if recipe.static else (given.name, imatrix_header)
+        keys = fanout.quantize_keys(numbers[recipe.ftype], *with_it)
         partial = partial_path(state.set_dir / file_name(state, recipe), state.work)
         asked = plans[recipe.name]
         outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))

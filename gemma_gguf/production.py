@@ -93,7 +93,8 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
         take_away(state, kept)
     if made:
         _hash_quantisers(state, [item.plan for item in made])
-        inputs = sha256_json([base_sha, imatrix_sha, state.build.key])
+        changes = [[r.name, list(r.flags), r.static] for r in wanted if r != recipes.TABLE.get(r.name)]
+        inputs = sha256_json([base_sha, imatrix_sha, state.build.key, changes])
         for finished in _make(state, header, made, inputs):
             take_away(state, finished)
 
@@ -110,7 +111,8 @@ def _hash_quantisers(state: Run, plans: Sequence[FilePlan]) -> None:
 
 def quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
     """Hash of everything a quant's bytes depend on."""
-    return sha256_json(["quantize", base_sha, imatrix_sha, recipe.ftype, list(recipe.flags), state.build.key])
+    used = "static" if recipe.static else imatrix_sha
+    return sha256_json(["quantize", base_sha, used, recipe.ftype, list(recipe.flags), state.build.key])
 
 
 def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -> None:
@@ -121,7 +123,9 @@ def _drop_stale(state: Run, base_sha: str, imatrix_sha: str, wanted: set[str]) -
     kept: list[FileEntry] = []
     for entry in state.manifest.files:
         stale = entry.kind == "model" and entry.recipe not in wanted
-        if stale and entry.key != quant_key(state, entry.as_recipe(), base_sha, imatrix_sha):
+        # A static file is one of a QAT set alone.
+        of_this_kind = entry.static == (entry.ftype == "Q4_0" and state.manifest.qat is not None)
+        if stale and not (of_this_kind and entry.key == quant_key(state, entry.as_recipe(), base_sha, imatrix_sha)):
             why = "made from another base, imatrix or build: left out of the set"
             state.did(Done("quantize", entry.name, False, why, 0.0))
         else:

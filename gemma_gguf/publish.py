@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from gemma_gguf import gates
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest
+from gemma_gguf.names import is_model
 
 MAX_FILE = 500_000_000_000  # bytes; the Hub refuses larger files
 LARGE_FILE = 200_000_000_000  # bytes; the Hub recommends less
@@ -24,8 +26,6 @@ LARGE_FILE = 200_000_000_000  # bytes; the Hub recommends less
 MAX_REGULAR = 20_000_000
 # The Hub writes this file itself: which names go to large-file storage.
 OF_THE_HUB = frozenset({".gitattributes"})
-# What llama.cpp skips when it looks for a model: gguf_filename_is_model in common/download.cpp.
-NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 # Fields of a model card's front matter that decide who may use a model, and what must be said to whom.
 LEGAL_KEYS = frozenset({"license", "license_name", "license_link", "licence"})
@@ -317,6 +317,12 @@ def _checked(candidate: Candidate) -> Iterator[Finding]:
             yield Finding(what, "Make it again with: gemma-gguf run MODEL")
 
 
+def _quality(candidate: Candidate) -> Iterator[Finding]:
+    """Files that gave no finite figures, or are too far from the base."""
+    for what in gates.refusals(candidate.facts):
+        yield Finding(what, "Leave these recipes out of --recipes, or move the bound: --max-kld, --max-kld-ratio.")
+
+
 def _card(candidate: Candidate) -> Iterator[Finding]:
     """The cards are there, and carry licence and gating of the base model."""
     facts = candidate.facts
@@ -372,23 +378,17 @@ def _folder(name: str) -> str:
     return name.rpartition("/")[0] or name
 
 
-def is_model(name: str) -> bool:
-    """Whether llama.cpp takes a file of a repository for a model."""
-    file = PurePosixPath(name).name
-    return file.endswith(".gguf") and not any(word in file for word in NO_MODEL)
-
-
 # What a set must pass before its first byte is sent; a new gate is a function and its name here.
-GATES: tuple[Gate, ...] = (_demo, _whole, _published, _size, _keys, _checked, _card, _pictures, _tags)
+GATES: tuple[Gate, ...] = (_demo, _whole, _published, _size, _keys, _checked, _quality, _card, _pictures, _tags)
 # What is known before a set is made.
 GATES_BEFORE: tuple[Gate, ...] = (_demo,)
 # Of files that are sent while the rest of their set is still to be made.
-GATES_OF_FILES: tuple[Gate, ...] = (_demo, _whole, _size, _keys, _checked, _tags)
+GATES_OF_FILES: tuple[Gate, ...] = (_demo, _whole, _size, _keys, _checked, _quality, _tags)
 
 
-def refusals(candidate: Candidate, gates: Iterable[Gate] = GATES) -> list[Finding]:
+def refusals(candidate: Candidate, checks: Iterable[Gate] = GATES) -> list[Finding]:
     """Everything that forbids publishing this set; empty when it may be sent."""
-    return [finding for gate in gates for finding in gate(candidate)]
+    return [finding for gate in checks for finding in gate(candidate)]
 
 
 def warnings(candidate: Candidate) -> list[Finding]:

@@ -6,6 +6,7 @@ on the command line is bare or relative, because llama-quantize copies the imatr
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
@@ -43,7 +44,7 @@ def quantize_argv(
     """The command line of llama-quantize; with `out=None` it only plans (`--dry-run`)."""
     argv = [str(build.tool("llama-quantize"))]
     argv += ["--dry-run"] if out is None else []
-    argv += ["--imatrix", imatrix] if imatrix is not None else []
+    argv += ["--imatrix", imatrix] if imatrix is not None and not recipe.static else []
     argv += [*recipe.flags, base]
     argv += [out] if out is not None else []
     return [*argv, recipe.ftype, str(threads or os.cpu_count() or 1)]
@@ -54,7 +55,8 @@ def plan_recipe(
 ) -> FilePlan:
     """What llama-quantize would write for this recipe, asked of it."""
     argv = quantize_argv(build, recipe, base, None, imatrix=imatrix)
-    return parse_dry_run_log(run_tool(argv, log=log, cwd=cwd).output, recipe.name, n_tensors)
+    made = parse_dry_run_log(run_tool(argv, log=log, cwd=cwd).output, recipe.name, n_tensors)
+    return replace(made, static=recipe.static)
 
 
 def run_llama_quantize(argv: list[str], label: str, *, cwd: Path, log: RunLog, progress: Progress = silent) -> ToolRun:

@@ -19,6 +19,7 @@ class Recipe:
     """One row: `name` is what a file is called, `ftype` what llama-quantize is told, `flags` what is added.
 
     `parent` is the recipe that this one differs from by its flags alone. `about` says what the row is, without praise.
+    A `static` one is made without the imatrix.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Recipe:
     about: str
     flags: tuple[str, ...] = ()
     parent: str | None = None
+    static: bool = False
 
     @property
     def is_base(self) -> bool:
@@ -116,14 +118,14 @@ def fitted(recipe: Recipe, unread_layers: Sequence[int], per_layer_type: str | N
 
     `unread_layers` hold keys and values that nothing reads, so no imatrix has data for them, and llama-quantize refuses
     to make very low-bit types of them: they get a type that needs none. `per_layer_type` is what the parent of a `_L`
-    row makes of the embeddings per layer (None where there are none): they would follow `--token-embedding-type`, and
-    are several times as large as the embeddings that these rows are about.
+    row, or a QAT set's Q4_0 without its flags, makes of the embeddings per layer (None where there are none): they
+    would follow `--token-embedding-type`, and are several times as large as the embeddings that it is about.
     """
     types: dict[str, str] = {}
     if unread_layers and recipe.needs_imatrix:
         layers = "|".join(map(str, unread_layers))
         types[rf"blk\.({layers})\.attn_[kv]"] = WITHOUT_DATA_IN.get(recipe.ftype, WITHOUT_DATA)
-    if per_layer_type is not None and recipe.flags == EMBED_OUTPUT_Q8:
+    if per_layer_type is not None and (recipe.static or recipe.flags == EMBED_OUTPUT_Q8):
         types["per_layer_token_embd"] = per_layer_type
     # The first pattern that a name holds is taken: ours come before those of a recipe of the user's own.
     added = [part for pattern, kind in types.items() for part in ("--tensor-type", f"{pattern}={kind}")]

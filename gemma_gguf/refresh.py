@@ -198,10 +198,10 @@ def _record(state: Run, seen: Seen, how: Any) -> None:
     resumed = earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key
     before = earlier.before if resumed and earlier is not None else state.manifest.llama_cpp
     builds = {
-        quality.build
+        measured.build
         for found in state.manifest.evidence.values()
-        for quality in (found.quality, found.speed)
-        if quality
+        for measured in (found.quality, found.similarity, found.failed, found.speed)
+        if measured is not None
     }
     shas = {entry.name: entry.sha256 for entry in state.manifest.files}
     decisions = {
@@ -390,5 +390,8 @@ def _keep_speed(state: Run, old: FileEntry) -> None:
     otherwise now."""
     measured, now = state.manifest.evidence.get(old.sha256), state.manifest.file(old.name)
     if measured is not None and measured.speed is not None and now is not None:
-        kept = {**state.manifest.evidence, now.sha256: Evidence(quality=None, similarity=None, speed=measured.speed)}
+        kept = {
+            **state.manifest.evidence,
+            now.sha256: Evidence(quality=None, failed=None, similarity=None, speed=measured.speed),
+        }
         state.record(state.manifest.model_copy(update={"evidence": kept}))

@@ -147,8 +147,11 @@ def _line_of(error: BaseException) -> int | None:
     return line
 
 
-def _set_limits(seconds: float, n_bytes: int) -> None:
-    """Bound this process. What a system does not have it does not set; `chat.py` watches the clock in any case."""
+def set_limits(seconds: float, n_bytes: int, *, used: float = 0.0) -> None:
+    """Bound this process, which has computed for `used` seconds by now.
+
+    What a system does not have it does not set; whoever started this process watches the clock in any case.
+    """
 
     def up(_number: int, _frame: FrameType | None) -> NoReturn:
         raise TooLongError
@@ -156,7 +159,7 @@ def _set_limits(seconds: float, n_bytes: int) -> None:
     with contextlib.suppress(ImportError, AttributeError):
         import resource  # noqa: PLC0415 - not on every system
 
-        whole = int(seconds) + 1 + KILL_SECONDS
+        whole = int(used + seconds) + 1 + KILL_SECONDS
         for name, limit in (
             ("RLIMIT_AS", (n_bytes, n_bytes)),
             ("RLIMIT_CPU", (whole, whole + 1)),  # ends by SIGXCPU, which cannot be taken for a kill from outside
@@ -169,6 +172,12 @@ def _set_limits(seconds: float, n_bytes: int) -> None:
     with contextlib.suppress(AttributeError):
         signal.signal(signal.SIGPROF, up)
         signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def end_timer() -> None:
+    """No `TooLongError` from here on: what is left is to say what was found."""
+    with contextlib.suppress(AttributeError):
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, object]:
@@ -194,10 +203,9 @@ def main(argv: list[str]) -> None:
     """Answer the one request on stdin; `argv` holds seconds of computing and bytes of memory."""
     seconds, n_bytes = map(float, argv)
     request = json.load(sys.stdin)
-    _set_limits(seconds, int(n_bytes))
+    set_limits(seconds, int(n_bytes))
     said = answer(request)
-    with contextlib.suppress(AttributeError):
-        signal.setitimer(signal.ITIMER_PROF, 0)
+    end_timer()
     json.dump(said, sys.stdout)
 
 

@@ -127,10 +127,13 @@ def summary(tokens: Records) -> dict[str, Any]:
     same = float(tokens["same_top"].mean())
     same_se = (same * (1 - same) / (len(tokens) - 1)) ** 0.5 if len(tokens) > 1 else None
     quantiles = np.quantile(kld, (0.5, 0.99, 0.999))
+    ppl, ratio = _exp_of_mean(nll), _exp_of_mean(nll - tokens["nll_base"])
+    if not np.isfinite([ppl[0], ratio[0]]).all():
+        raise NotMeasurableError(f"its perplexity is beyond any number (exp of {nll.mean():.4g})")
     return {
         "n_tokens": len(tokens),
-        "ppl": _measured(*_exp_of_mean(nll)),
-        "ppl_ratio": _measured(*_exp_of_mean(nll - tokens["nll_base"])),
+        "ppl": _measured(*ppl),
+        "ppl_ratio": _measured(*ratio),
         "kld": _measured(*mean_and_error(kld)),
         "kld_median": float(quantiles[0]),
         "kld_p99": float(quantiles[1]),
@@ -148,7 +151,8 @@ def mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float | None
 
 def _exp_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float | None]:
     mean, error = mean_and_error(values)
-    value = float(np.exp(mean))
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean))
     return value, None if error is None else value * error
 
 

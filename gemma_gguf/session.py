@@ -21,8 +21,10 @@ from gemma_gguf import (
     calibration,
     card,
     convert,
+    coverage,
     embedding,
     fanout,
+    gates,
     gemma,
     gguf_io,
     imatrix,
@@ -30,6 +32,7 @@ from gemma_gguf import (
     llama_cpp,
     manifest,
     plan,
+    qat,
     quantize,
     recipes,
     source,
@@ -40,6 +43,7 @@ from gemma_gguf.evaluate import DISK_BUDGET as EVAL_DISK_BUDGET
 from gemma_gguf.files import (
     HashMemory,
     locked,
+    sha256_json,
     write_atomic,
 )
 from gemma_gguf.kernel_check import Checked
@@ -120,12 +124,17 @@ class Options:
     scheduler: str | None = None  # address of a Dask scheduler
     max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
     disk_budget: int | None = None  # bytes
+    allow_mismatch: bool = False  # go on though tokenizer or chat template are not the checkpoint's
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
     evaluate: bool = True
     eval_chunks: int | None = None
     eval_disk_budget: int = EVAL_DISK_BUDGET  # bytes of base distributions
     bench: tuple[str, ...] | None = None  # recipes whose speed is measured, `("all",)` or `("none",)`
     reference: str | None = None  # a recipe that stands in for a base too large to run
+    bounds: gates.Bounds = gates.AS_RECORDED  # of the quality gate
+    qat: bool | None = None  # whether the checkpoint was trained for Q4_0; None: what its own files say
+    qat_embedding: str | None = None
+    pin_uncovered: str | None = None  # type for tensors without imatrix data
     until: str = "card"
     rehash: bool = False
     wait: bool = False
@@ -180,6 +189,7 @@ class Run:
     say: Callable[[Done], None]
     take_away: Callable[[Path], RemotePlace | None] | None
     manifest: Manifest
+    plans: dict[str, FilePlan] = field(default_factory=dict)  # by what was asked: a dry run reads the whole header
 
     @property
     def stem(self) -> str:
@@ -199,8 +209,8 @@ class Run:
         self.say(done)
 
     def record(self, new: Manifest) -> None:
-        self.manifest = new
-        manifest.save(new, self.set_dir)
+        self.manifest = gates.recorded(new)
+        manifest.save(self.manifest, self.set_dir)
 
 
 def known_recipes(names: Iterable[str], custom: Iterable[Recipe] = ()) -> tuple[Recipe, ...]:
@@ -417,7 +427,6 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
     facts: dict[str, Any] = {
         "tool_version": gemma_gguf.__version__,
         "stem": name.stem,
-        "model": found.facts,
         "llama_cpp": build_facts(build),
     }
     wanted = known_recipes(options.recipes, options.custom)
@@ -427,6 +436,11 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         for recipe in wanted
         if recipe in options.custom
     ]
+
+    def qat_facts(old: manifest.QatFacts | None) -> manifest.QatFacts | None:
+        return qat.facts_for(found.facts.qat, options.qat, options.qat_embedding, old)
+
+    facts["model"] = found.facts.model_copy(update={"qat": qat_facts(None) is not None})
     if (set_dir / manifest.FILE_NAME).exists():
         old = manifest.load(set_dir)
         # A manifest never names a local file that is not there.
@@ -434,6 +448,8 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         # A comparison with another build tells of a set that this run changes.
         if old.refresh is not None and (old.refresh.state != "applied" or old.refresh.build.key != build.key):
             facts["refresh"] = None
+        facts["gates"] = options.bounds.chosen(old.gates)
+        facts["qat"] = qat_facts(old.qat)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
             facts |= {"recipes": asked, "custom_recipes": own}
         kept = [entry for entry in old.files if entry.remote or (set_dir / entry.name).is_file()]
@@ -451,10 +467,14 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         custom_recipes=own,
         files=[],
         card=options.card.chosen(manifest.DEFAULT_CARD, name.stem),
+        qat=qat_facts(None),
+        pins={},
+        gates=options.bounds.chosen(manifest.DEFAULT_GATES),
         evidence={},
         context=None,
         prompts=None,
         pictures={},
+        parity=None,
         **facts,
     )
 
@@ -525,22 +545,25 @@ def wanted_recipes(state: Run) -> tuple[Recipe, ...]:
 def select_recipes(state: Run, names: Iterable[str]) -> tuple[Recipe, ...]:
     """The recipes called `names`, as they are made for this model by this build."""
     arch = state.source.facts.gguf_arch
-    return tuple(
-        embedding.fitted(recipe, arch) for recipe in recipes.select(names, state.offered, state.options.custom)
-    )
+    chosen = recipes.select(names, state.offered, state.options.custom)
+    return tuple(embedding.fitted(qat.applied(recipe, state.manifest.qat), arch) for recipe in chosen)
 
 
 def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tuple[Recipe, ...]:
-    """Recipes as this base needs them; see `recipes.fitted`. What a parent makes of a tensor llama-quantize says."""
+    """Recipes as this base and its imatrix need them; see `recipes.fitted` and `coverage.pinned`.
+
+    What a parent makes of a tensor llama-quantize says.
+    """
     unread = gemma.unread_layers(header)
     has_per_layer = gemma.PER_LAYER_EMBEDDING in header.by_name
 
     def per_layer_type(recipe: Recipe) -> str | None:
-        if recipe.parent is None or not has_per_layer:
+        like = "Q4_0" if recipe.static else recipe.parent
+        if like is None or not has_per_layer:
             return None
         parent = quantize.plan_recipe(
             state.build,
-            recipes.TABLE[recipe.parent],
+            recipes.TABLE[like],
             str(header.path.resolve()),
             imatrix=None,
             n_tensors=len(header.tensors),
@@ -549,19 +572,26 @@ def fitted(state: Run, wanted: Iterable[Recipe], header: gguf_io.Header) -> tupl
         )
         return str(parent.types[gemma.PER_LAYER_EMBEDDING].name)
 
-    return tuple(recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted)
+    made = [recipes.fitted(recipe, unread, per_layer_type(recipe)) for recipe in wanted]
+    return tuple(coverage.pinned(recipe, state.manifest.pins.get(recipe.name, {})) for recipe in made)
 
 
 def plan_recipe(state: Run, recipe: Recipe, header: gguf_io.Header, *, with_imatrix: bool) -> FilePlan:
-    return quantize.plan_recipe(
-        state.build,
-        recipe,
-        f"../{WORK}/{state.stem}/{state.base.name}",
-        imatrix=imatrix.file_name(state.stem) if with_imatrix else None,
-        n_tensors=len(header.tensors),
-        cwd=state.set_dir,
-        log=state.log,
-    )
+    """What llama-quantize would make of a recipe with the set's imatrix, or without; asked once."""
+    used = state.set_dir / imatrix.file_name(state.stem) if with_imatrix and not recipe.static else None
+    digests = [state.memory.sha256(path) for path in (state.base, used) if path is not None]
+    key = sha256_json([recipe.name, recipe.ftype, list(recipe.flags), recipe.static, digests])
+    if key not in state.plans:
+        state.plans[key] = quantize.plan_recipe(
+            state.build,
+            recipe,
+            f"../{WORK}/{state.stem}/{state.base.name}",
+            imatrix=used.name if used else None,
+            n_tensors=len(header.tensors),
+            cwd=state.set_dir,
+            log=state.log,
+        )
+    return state.plans[key]
 
 
 def file_name(state: Run, recipe: Recipe) -> str:
@@ -588,6 +618,7 @@ def new_entry(
         about=recipe.about if recipe else None,
         ftype=recipe.ftype if recipe else None,
         flags=list(recipe.flags) if recipe else [],
+        static=recipe.static if recipe else False,
         state="local",
         remote=None,
         n_bytes=header.file_size,

@@ -8,20 +8,19 @@ bound. Nothing is ranked where the base itself was quantised before.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from gettext import NullTranslations
 from typing import TypeVar
 
-from gemma_gguf import recipes
+from gemma_gguf import gates, recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import FILE_NAME, Evidence, FileEntry, Manifest, Measured, Quality, Similarity, Speed
+from gemma_gguf.gates import Closeness, closeness, comparable, difference, distance
+from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Similarity, Speed
 from gemma_gguf.recipes import Recipe
 
 NOTHING = "–"  # a cell of a row that is not made or not measured; its status says so
 T = TypeVar("T")
-C = TypeVar("C", Quality, Similarity)
-Closeness = Quality | Similarity  # to the base
 SIGNIFICANT = 2.0  # standard errors of a difference
 
 
@@ -123,63 +122,10 @@ def need(value: T | None, fact: str) -> T:
 # --- what was measured --------------------------------------------------------------------------------------------
 
 
-def base_sha256(manifest: Manifest) -> str | None:
-    """The base that the set was made from: the converter's output or what was given, else the bf16 row."""
-    record = manifest.stages.get("convert")
-    for name, digest in (record.outputs if record else {}).items():
-        if name.startswith(".work/") and name.endswith("-bf16.gguf"):
-            return digest
-    return next((entry.sha256 for entry in manifest.files if entry.recipe == "bf16"), None)
-
-
-def qualities(manifest: Manifest) -> dict[str, Quality]:
-    """{file name: quality} of the models measured against the base of this set; older measurements do not count."""
-    return _of_this_base(manifest, lambda evidence: evidence.quality)
-
-
-def closeness(manifest: Manifest) -> dict[str, Closeness]:
-    """{file name: how close it is to the base}, by logits or, of a model that gives them, by embeddings."""
-    if manifest.model.embedding is None:
-        return {**qualities(manifest)}
-    return {**_of_this_base(manifest, lambda evidence: evidence.similarity)}
-
-
-def _of_this_base(manifest: Manifest, part: Callable[[Evidence], C | None]) -> dict[str, C]:
-    """{file name: that part of its evidence} of the models that were compared with the base of this set."""
-    base, found = base_sha256(manifest), {}
-    for entry in manifest.files:
-        evidence = manifest.evidence.get(entry.sha256)
-        close = part(evidence) if evidence is not None and entry.kind == "model" else None
-        if close is not None and base in (None, close.base_sha256):
-            found[entry.name] = close
-    return found
-
-
-def distance(close: Closeness) -> Measured:
-    """How far a file is from the base: mean KL divergence in nats, or 1 - mean cosine similarity."""
-    if isinstance(close, Quality):
-        return close.kld
-    return Measured(value=max(0.0, 1 - close.cosine.value), se=close.cosine.se)
-
-
 def projector(manifest: Manifest) -> FileEntry | None:
     """The projector that cards tell to take: f16, which runs everywhere, else the smallest."""
     found = sorted((e for e in manifest.files if e.kind == "mmproj"), key=lambda e: (e.n_bytes, e.name))
     return next((entry for entry in found if entry.name.endswith("-f16.gguf")), found[0] if found else None)
-
-
-def comparable(one: Closeness, other: Closeness) -> bool:
-    """Whether both were measured on the same tokens, or lines, in the same way."""
-    facts = ("mode", "chunk_size", "n_chunks") if isinstance(one, Quality) else ("n_lines",)
-    return type(one) is type(other) and all(
-        getattr(one, fact) == getattr(other, fact) for fact in ("base_sha256", "text_sha256", *facts)
-    )
-
-
-def difference(one: Measured, other: Measured) -> Measured:
-    """one - other, with the standard error of independent measurements."""
-    se = None if one.se is None or other.se is None else math.hypot(one.se, other.se)
-    return Measured.model_construct(value=one.value - other.value, se=se)  # may leave the bounds of what is recorded
 
 
 def is_shown(measured: Measured) -> bool:
@@ -236,16 +182,18 @@ def is_on_frontier(entry: FileEntry, manifest: Manifest) -> bool:
 def pick(manifest: Manifest) -> FileEntry | None:
     """The file for those who do not want to choose: Q4_K_M, or what beats it; Q4_0 of a model trained for it.
 
-    Without those the largest file of at most 5 bits per weight, else the smallest.
+    Without those the largest file of at most 5 bits per weight, else the smallest; never one that is held back.
     """
-    models = {entry.recipe: entry for entry in manifest.files if entry.kind == "model"}
+    held = gates.verdicts(manifest)
+    models = {entry.recipe: entry for entry in manifest.files if entry.kind == "model" and entry.name not in held}
     if not models:
         return None
     if manifest.model.qat and "Q4_0" in models:
         return models["Q4_0"]
     usual = models.get("Q4_K_M")
     if usual is not None:
-        return beaten_by(usual, manifest) or usual
+        better = beaten_by(usual, manifest)
+        return better if better is not None and better.name not in held else usual
     by_size = sorted(models.values(), key=lambda entry: entry.n_bytes)
     return next((entry for entry in reversed(by_size) if entry.bpw is not None and entry.bpw <= 5), by_size[0])
 
@@ -305,7 +253,7 @@ def _row(
         cosine_min=f"{like.cosine_min:.4f}" if like else NOTHING,
         same_nearest=plus_minus(like.same_nearest, factor=100, unit="%") if like else NOTHING,
         about=separator.join(told),
-        status=words.gettext("complete") if close or not is_model else words.gettext("not measured"),
+        status=_status(entry, manifest, close, words),
         split="/" in entry.name,
     )
 
@@ -315,6 +263,14 @@ def _cosine(measured: Measured) -> str:
     if measured.se and measured.se < 1e-6:
         return f"{measured.value:.8f} ±\u00a0{measured.se:.0e}"
     return plus_minus(measured)
+
+
+def _status(entry: FileEntry, manifest: Manifest, close: Closeness | None, words: NullTranslations) -> str:
+    if close is not None or entry.kind != "model":
+        return words.gettext("complete")
+    if entry.name in gates.failures(manifest):
+        return words.gettext("no figures")
+    return words.gettext("not measured")
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
@@ -383,7 +339,15 @@ def _sentences(
     told += [
         words.gettext("Set by hand: %(tensors)s at %(type)s.") % {"tensors": f"`{pattern}`", "type": kind}
         for pattern, kind in recipes.types_of(entry.flags).items()
+        if entry.recipe not in manifest.pins
     ]
+    if pinned := manifest.pins.get(entry.recipe or ""):
+        text = words.ngettext(
+            "%(n)d tensor without imatrix data is raised to %(kind)s.",
+            "%(n)d tensors without imatrix data are raised to %(kind)s.",
+            len(pinned),
+        )
+        told.append(text % {"n": len(pinned), "kind": ", ".join(sorted(set(pinned.values())))})
     mine = quality.get(entry.name)
     if mine is not None and entry.recipe == "bf16":
         told.append(words.gettext("The base that every figure compares with; its own figures are the noise floor."))
@@ -391,8 +355,12 @@ def _sentences(
         if isinstance(mine, Quality):
             told.append(words.gettext("Δp %(rms)s RMS.") % {"rms": plus_minus(mine.delta_p_rms, factor=100, unit="%")})
         told += _rank_sentences(entry, manifest, quality, words)
+    if (verdict := gates.verdicts(manifest).get(entry.name)) is not None:
+        told.append(_held_sentence(verdict, manifest, words))
     if manifest.model.qat and entry.recipe == "Q4_0":
         told.append(words.gettext("The type this checkpoint was trained for."))
+        if manifest.qat is not None:
+            told.append(words.gettext("Made without the imatrix."))
     return told
 
 
@@ -485,6 +453,20 @@ def _rank_sentences(
     if is_on_frontier(entry, manifest):
         return [words.gettext("Nothing smaller is closer.")]
     return []
+
+
+def _held_sentence(verdict: gates.Verdict, manifest: Manifest, words: NullTranslations) -> str:
+    """Why the quality gate holds a file back."""
+    if verdict.kld is None or verdict.bound is None:
+        return words.gettext("⛔ Broken: it gives no finite figures.")
+    facts = {"kld": plus_minus(verdict.kld), "bound": f"{verdict.bound:g}"}
+    if verdict.than is None:
+        return words.gettext("⛔ Out of line: KLD %(kld)s is above %(bound)s nats.") % facts
+    facts |= {"ratio": f"{manifest.gates.max_kld_ratio:g}", "other": str(verdict.than.recipe)}
+    text = words.gettext(
+        "⛔ Out of line: KLD %(kld)s is more than %(ratio)s times that of %(other)s, which is smaller."
+    )
+    return text % facts
 
 
 # --- smaller tables -----------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def run_task(job_path: str, identity: str, index: int, task: Mapping[str, Any], 
                     with _timed(spent, "widen"):
                         widened = context.ggml.widen(raw, source)
                 with _timed(spent, "quantize"):
-                    made = _quantize(context, tensor, widened, kind, first_row)
+                    made = _quantize(context, tensor, widened, kind, first_row, static=target["static"])
             for output, place in places:
                 offset = place + first_row * target["row_bytes"]
                 first, end = own_blocks(offset, made.size, block)
@@ -182,10 +182,19 @@ def own_blocks(offset: int, n_bytes: int, block: int) -> tuple[int, int]:
 
 
 def _quantize(
-    context: _Context, tensor: dict[str, Any], rows: npt.NDArray[np.float32], kind: GGMLQuantizationType, first_row: int
+    context: _Context,
+    tensor: dict[str, Any],
+    rows: npt.NDArray[np.float32],
+    kind: GGMLQuantizationType,
+    first_row: int,
+    *,
+    static: bool,
 ) -> npt.NDArray[np.uint8]:
-    """Quantise rows of one tensor; a range over several experts is cut where the imatrix changes."""
-    weights = context.weights(tensor["name"])
+    """Quantise rows of one tensor; a range over several experts is cut where the imatrix changes.
+
+    With `static` the imatrix is left out.
+    """
+    weights = None if static else context.weights(tensor["name"])
     per_expert = tensor["rows_per_expert"]
     parts: list[npt.NDArray[np.uint8]] = []
     at = 0
@@ -226,7 +235,7 @@ def check_rows(job_path: str, identity: str, tensor_index: int, rows: tuple[int,
             context.busy_with(f"{tensor['name']} as {kind.name}")
             made = raw.reshape(-1)
             if kind is not source:
-                made = _quantize(context, tensor, context.ggml.widen(raw, source), kind, row)
+                made = _quantize(context, tensor, context.ggml.widen(raw, source), kind, row, static=target["static"])
             for output, place in target["places"]:
                 held = np.empty(made.size, dtype=np.uint8)
                 with Path(context.job["outputs"][output]).open("rb") as file:

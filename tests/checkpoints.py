@@ -19,6 +19,7 @@ from gemma_gguf.demo import to_bf16, write_bf16_safetensors
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 3, 4, 2, 64
 VISION_HIDDEN, VISION_FEED_FORWARD, VISION_LAYERS, PATCH, IMAGE = 64, 128, 2, 14, 56
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
+TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else "
     "message['role'] }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
@@ -128,6 +129,7 @@ def text_config(n_vocab: int, layers: int, hidden: int = HIDDEN) -> dict[str, An
         "sliding_window_pattern": 6,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
+        **TOKEN_IDS,
     }
 
 
@@ -198,6 +200,7 @@ def write_gemma3_vision(directory: Path, seed: int = 1, layers: int = LAYERS) ->
         "model_type": "gemma3",
         "torch_dtype": "bfloat16",
         "mm_tokens_per_image": 16,
+        **TOKEN_IDS,
         "text_config": text_config(n_vocab, layers),
         "vision_config": {
             "model_type": "siglip_vision_model",

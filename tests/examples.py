@@ -1,9 +1,12 @@
 """One whole manifest with values as a real run records them, for tests that need a set but no files."""
 
+from typing import Literal
+
 from gemma_gguf import pictures
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.manifest import (
     DEFAULT_CARD,
+    DEFAULT_GATES,
     BuildFacts,
     CacheGroup,
     CalibrationFacts,
@@ -13,15 +16,19 @@ from gemma_gguf.manifest import (
     ConverterFacts,
     Coverage,
     Evidence,
+    Failed,
     FileEntry,
+    GridFit,
     ImatrixFacts,
     KernelFacts,
     Manifest,
     Measured,
     ModelFacts,
+    ParityFacts,
     Picture,
     PromptExample,
     PromptFacts,
+    QatFacts,
     Quality,
     Sampling,
     Speed,
@@ -74,6 +81,7 @@ def model_entry(
         about=about,
         ftype=ftype,
         flags=list(flags),
+        static=False,
         state="local",
         remote=None,
         n_bytes=n_bytes,
@@ -102,6 +110,7 @@ def example() -> Manifest:
         about=None,
         ftype=None,
         flags=[],
+        static=False,
         state="local",
         remote=None,
         n_bytes=851251104,
@@ -125,6 +134,7 @@ def example() -> Manifest:
         about=None,
         ftype=None,
         flags=[],
+        static=False,
         state="local",
         remote=None,
         n_bytes=3567456,
@@ -283,6 +293,9 @@ def example() -> Manifest:
         custom_recipes=[],
         files=[mmproj, imatrix, *models],
         card=DEFAULT_CARD.model_copy(update={"repo": "someone/google_gemma-3-4b-it-GGUF"}),
+        qat=None,
+        pins={},
+        gates=DEFAULT_GATES,
         evidence={model.sha256: evidence(model.bpw or 0.0, models[0].sha256) for model in models},
         context=context(),
         prompts=PromptFacts(
@@ -300,8 +313,28 @@ def example() -> Manifest:
             problem=None,
         ),
         pictures={},
+        parity=parity(),
     )
     return made.model_copy(update={"pictures": drawn(made)})
+
+
+def parity() -> ParityFacts:
+    """Gemma 3 4B against its checkpoint: everything the same."""
+    return ParityFacts(
+        probe_sha256=sha("probe"),
+        reference="transformers 5.23.0, tokenizers 0.23.1",
+        asked="bindings",
+        build=BUILD,
+        n_texts=14090,
+        n_tokens=331204,
+        n_vocab=262145,
+        n_added=6415,
+        n_conversations=9,
+        left_out={"a tool": "the template has no place for 'look_up'"},
+        added_bos=False,
+        problem=None,
+        differences=[],
+    )
 
 
 def drawn(made: Manifest) -> dict[str, Picture]:
@@ -359,6 +392,32 @@ def coverage() -> list[Coverage]:
     ]
 
 
+def qat(verdict: Literal["ggml", "free", "near", "none"] = "ggml") -> QatFacts:
+    """What is recorded of a checkpoint that was trained for Q4_0, with two kinds of weight."""
+    grid = [
+        GridFit(
+            kind=kind,
+            n_tensors=34,
+            n_blocks=69632,
+            residual=residual,
+            residual_ggml=residual_ggml,
+            residual_none=0.08,
+            fits=fits,
+            fits_ggml=fits if verdict == "ggml" else 0.0,
+        )
+        for kind, residual, residual_ggml, fits in (("attn_q", 0.0014, 0.0017, 1.0), ("ffn_down", 0.002, 0.003, 0.98))
+    ]
+    return QatFacts(said_by="checkpoint", embedding="Q6_K", verdict=verdict, grid=grid)
+
+
+def failed() -> Evidence:
+    """Of a file whose logits are NaN."""
+    quality = evidence(5.0, sha(f"{STEM}-bf16.gguf")).quality
+    assert quality is not None
+    how = {name: getattr(quality, name) for name in Failed.model_fields if name != "why"}
+    return Evidence(quality=None, failed=Failed(**how, why="its logits hold NaN or Inf"), similarity=None, speed=None)
+
+
 def evidence(bpw: float, base_sha256: str) -> Evidence:
     """What might have been measured of a file with so many bits per weight: the fewer, the farther from the base."""
     away = 0.0 if bpw >= 16 else 2.0**-bpw
@@ -382,6 +441,7 @@ def evidence(bpw: float, base_sha256: str) -> Evidence:
             build=BUILD,
         ),
         similarity=None,
+        failed=None,
         speed=Speed(
             build=BUILD,
             cpu="AMD EPYC",

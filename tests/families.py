@@ -24,7 +24,8 @@ GEMMA1_SPECIAL = (*_FIRST, *(f"<unused{n}>" for n in range(99)), "<start_of_turn
 CODEGEMMA_SPECIAL = tuple({v: k for k, v in _UNUSED.items()}.get(n, t) for n, t in enumerate(GEMMA1_SPECIAL))
 GEMMA3_SPECIAL = (*GEMMA1_SPECIAL[:6], *GEMMA1_SPECIAL[7:], "<start_of_image>", "<end_of_image>")
 CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT: Mapping[str, Any] = {

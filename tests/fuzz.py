@@ -34,10 +34,11 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from gemma_gguf import card, gguf_io, imatrix, llama_cpp, manifest, plan, recipes, source
+from gemma_gguf import card, coverage, gguf_io, imatrix, llama_cpp, manifest, plan, recipes, source
 from gemma_gguf.errors import GemmaGGUFError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.manifest import ModelFacts
+from gemma_gguf.plan import FilePlan, PlannedTensor
 from gemma_gguf.source import ModelName
 from tests import checkpoints, examples, test_gguf_io, test_imatrix, test_llama_cpp, test_plan, test_recipes
 from tests.test_source import safetensors_bytes
@@ -149,14 +150,17 @@ def base_header(directory: Path) -> gguf_io.Header:
 
 
 def read_imatrix(data: bytes, directory: Path) -> None:
-    """The file, then the checks against a model, with and without tensors that need it."""
+    """The file, then the checks against a model, and what of it a recipe lacks."""
     path = directory / "imatrix.gguf"
     path.write_bytes(data)
     read, base = imatrix.read(path), base_header(directory)
-    for needed, n_chunks in (((), None), (read.entries, read.n_chunks), (test_imatrix.BASE, 8)):
+    for n_chunks in (None, read.n_chunks, 8):
         with contextlib.suppress(GemmaGGUFError):
-            imatrix.check(read, base, needed, n_chunks=n_chunks)
-    imatrix.check(read, base, [test_imatrix.Q])
+            imatrix.check(read, base, n_chunks=n_chunks)
+    q4_k = GGMLQuantizationType.Q4_K
+    planned = [PlannedTensor(tensor.name, tensor.shape, tensor.ggml_type, q4_k, q4_k) for tensor in base.tensors]
+    coverage.gaps(read, base, {"Q4_K_M": FilePlan("Q4_K_M", tuple(planned))})
+    imatrix.check(read, base)
 
 
 def read_logs(data: bytes, directory: Path) -> None:

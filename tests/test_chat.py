@@ -394,7 +394,7 @@ def test_the_process_knows_no_secret_and_writes_no_file(monkeypatch: pytest.Monk
     (tmp_path / "probe.py").write_text(
         "import json, os, sys\n"
         "from gemma_gguf import sandbox\n"
-        "sandbox._set_limits(5, 500_000_000)\n"
+        "sandbox.set_limits(5, 500_000_000)\n"
         "found = {'environment': sorted(os.environ), 'file': ''}\n"
         "try:\n"
         "    with open(sys.argv[1], 'w') as file:\n"

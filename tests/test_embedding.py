@@ -17,6 +17,7 @@ from gemma_gguf import (
     embedding,
     evaluate,
     factory,
+    gates,
     gguf_io,
     llama_cpp,
     manifest,
@@ -25,7 +26,6 @@ from gemma_gguf import (
     proof,
     recipes,
     source,
-    table,
 )
 from gemma_gguf.embedding import Vectors
 from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
@@ -215,7 +215,7 @@ def test_llama_bench_reads_and_pools(build: Build, tmp_path: Path) -> None:
 
 
 def test_files_are_measured_by_their_embeddings(facts: Manifest) -> None:
-    close = table.closeness(facts)
+    close = gates.closeness(facts)
     by_recipe = {str(entry.recipe): close[entry.name] for entry in facts.files if entry.kind == "model"}
     found = {name: figures for name, figures in by_recipe.items() if isinstance(figures, manifest.Similarity)}
     assert set(found) == set(RECIPES)
@@ -350,7 +350,7 @@ def test_which_file_is_chosen_by_cosine(facts: Manifest) -> None:
     assert choices.by_kld
     best = min(
         (entry for entry in facts.files if entry.kind == "model" and entry.recipe != "bf16"),
-        key=lambda entry: table.distance(table.closeness(facts)[entry.name]).value,
+        key=lambda entry: gates.distance(gates.closeness(facts)[entry.name]).value,
     )
     assert choices.rows[-1].cells[0].entry == best
 
@@ -396,4 +396,4 @@ def test_embedding_all_recipes(checkpoint: Path, build: Build, tmp_path: Path) -
     """Every recipe, the low-bit ones included, loads and is measured."""
     report = factory.run(options(checkpoint, tmp_path, tuple(recipes.TABLE)))
     facts = manifest.load(report.set_dir)
-    assert len(table.closeness(facts)) == len(recipes.TABLE)
+    assert len(gates.closeness(facts)) == len(recipes.TABLE)

@@ -21,7 +21,7 @@ from gemma_gguf.evaluate import Against, Material
 from gemma_gguf.evidence import Measuring
 from gemma_gguf.files import sha256_bytes
 from gemma_gguf.llama_cpp import Build, RunLog, run_tool
-from gemma_gguf.manifest import FileEntry, Quality
+from gemma_gguf.manifest import Failed, FileEntry, Quality
 from gemma_gguf.session import Done, Options, Report
 from tests import examples
 from tests.checkpoints import CHAT_TEMPLATE
@@ -335,13 +335,13 @@ def test_only_what_the_model_says_is_scored_with_special_tokens_parsed(
 ) -> None:
     base = finished.set_dir / f"{STEM}-bf16.gguf"
     text = tmp_path / "talk.json"
-    # This test model names no BOS, so llama.cpp takes its default for SentencePiece, 1; the template brings it already.
-    text.write_bytes(evaluate.chat_material("t", TALK, CHAT_TEMPLATE, bos_token="<eos>", eos_token="<eos>").data)
+    # The template brings the BOS already.
+    text.write_bytes(evaluate.chat_material("t", TALK, CHAT_TEMPLATE, bos_token="<bos>", eos_token="<eos>").data)
     env = llama_cpp.python_env(build)
     env["PYTHONPATH"] += f":{Path(evaluate.__file__).parents[1]}"
     output = run_tool([sys.executable, "-W", "ignore", "-c", CHUNKS, base, text], log=log, env=env).output
     first, last = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
-    bos, start_of_turn, end_of_turn = 1, 4, 5  # places in `checkpoints.SPECIAL`
+    bos, start_of_turn, end_of_turn = 2, 4, 5  # places in `checkpoints.SPECIAL`
     assert first["tokens"][:2] == [bos, start_of_turn]
     assert first["tokens"].count(bos) == 1
     assert first["tokens"].count(start_of_turn) == 4
@@ -513,10 +513,12 @@ def test_a_quality_counts_only_for_what_it_was_measured_with(change: dict[str, A
     material = Material("heldout", "chat", b"text", 100)
     build = Build(Path(), quality.build, "", "", "", 0, "", "cpu", "", (), "", 0.0)
     wanted = Against(build, Path(), "2" * 64, material, quality.n_chunks, threads=1, gpu_layers=0)
-    known = quality.model_copy(update={"text_sha256": material.sha256})
-    assert wanted.measured(known)
-    assert not wanted.measured(None)
-    assert not wanted.measured(known.model_copy(update=change))
+    known = quality.model_copy(update={"text": "heldout", "text_sha256": material.sha256})
+    failed = Failed(**wanted.facts, why="logits of chunk 3")
+    assert wanted.current(None) is None
+    for found in (known, failed):
+        assert wanted.current(found) == found
+        assert wanted.current(found.model_copy(update=change)) is None
 
 
 # --- speed -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ from gemma_gguf.manifest import (
     Coverage,
     EmbeddingFacts,
     Evidence,
+    Failed,
     FileEntry,
+    GateFacts,
+    GridFit,
     ImatrixFacts,
     KernelFacts,
     Manifest,
@@ -31,6 +34,7 @@ from gemma_gguf.manifest import (
     Picture,
     PromptExample,
     PromptFacts,
+    QatFacts,
     Quality,
     RemotePlace,
     Sampling,
@@ -38,7 +42,7 @@ from gemma_gguf.manifest import (
     StageRecord,
     Support,
 )
-from tests.examples import STEM, example, sha
+from tests.examples import STEM, example, failed, qat, sha
 
 REPAIR = "Restore it, or delete it and run the same command again: the set is made anew."
 # Where each model stands in the example's JSON; fields are tried out in all of them.
@@ -55,8 +59,12 @@ PLACES: tuple[tuple[type[BaseModel], tuple[str | int, ...]], ...] = (
     (Evidence, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"))),
     (Quality, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality")),
     (Measured, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "quality", "kld")),
+    (Failed, ("evidence", sha("a broken file"), "failed")),
     (Speed, ("evidence", sha(f"{STEM}-Q4_K_M.gguf"), "speed")),
     (Coverage, ("imatrix", "coverage", 0)),
+    (QatFacts, ("qat",)),
+    (GridFit, ("qat", "grid", 0)),
+    (GateFacts, ("gates",)),
     (ContextFacts, ("context",)),
     (CacheGroup, ("context", "cache", 1)),
     (ContextMemory, ("context", "measured", 0)),
@@ -79,7 +87,8 @@ FIELDS = [
 
 
 def _raw() -> dict[str, Any]:
-    raw = json.loads(example().model_dump_json())
+    evidence = {**example().evidence, sha("a broken file"): failed()}
+    raw = json.loads(example().model_copy(update={"qat": qat(), "evidence": evidence}).model_dump_json())
     assert isinstance(raw, dict)
     return raw
 
@@ -142,17 +151,20 @@ def test_optional_facts_may_be_none_but_not_missing(tmp_path: Path) -> None:
 
 
 def test_a_manifest_from_before_the_kernels_is_read(tmp_path: Path) -> None:
-    raw = _raw()
+    raw = json.loads(example().model_dump_json())
     raw["schema_version"] = 2
-    del raw["kernels"]
     for entry in raw["files"]:
         del entry["remote"]
+    for field in ("kernels", "qat", "pins", "gates"):
+        del raw[field]
+    for found in raw["evidence"].values():
+        del found["failed"]
     assert _load(tmp_path, raw) == example().model_copy(update={"kernels": None})
 
 
 def test_a_manifest_from_before_custom_recipes_is_read(tmp_path: Path) -> None:
     """The name alone said how a file was made; one of a type that our table does not have was made of just that."""
-    raw = _raw()
+    raw = json.loads(example().model_dump_json())
     raw["schema_version"] = 2
     del raw["custom_recipes"]
     for entry in raw["files"]:
@@ -375,7 +387,7 @@ def test_a_manifest_before_schema_3_measured_no_embeddings(
     tmp_path: Path, version: int, arch: str, known: bool
 ) -> None:
     """A set of such a model was made without prompts and dense layers, and says so."""
-    raw = _raw()
+    raw = json.loads(example().model_dump_json())
     raw["schema_version"] = version
     raw["model"]["gguf_arch"] = arch
     del raw["model"]["embedding"]

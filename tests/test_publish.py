@@ -27,10 +27,10 @@ from gemma_gguf.doctor import Account, Facts, cannot_write, judge
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import link_or_copy, sha256_bytes, sha256_file
 from gemma_gguf.hub import PassingError, Repository
-from gemma_gguf.manifest import FileEntry, Manifest, Picture, RemotePlace
+from gemma_gguf.manifest import Evidence, FileEntry, Manifest, Picture, RemotePlace
 from gemma_gguf.publish import Candidate, Listing, LocalFile, Operation, RemoteFile, make_plan
 from gemma_gguf.session import Done, Options, PublishOptions, Report, given_checks
-from tests.examples import STEM, example, sha
+from tests.examples import STEM, example, failed, sha
 from tests.hub import Fault, Hub, Reply, Repo, files_of, serving, xet_files
 
 # The client calls its own HTTP library in a way that this deprecates.
@@ -245,8 +245,16 @@ def entry_of(name: str) -> FileEntry:
 
 
 def _large(n_bytes: int) -> Candidate:
+    """Nothing is measured: no larger file may be further from its base."""
     ready = with_entry(Q4, n_bytes=n_bytes)
+    ready = replace(ready, facts=ready.facts.model_copy(update={"evidence": {}}))
     return replace(ready, local={**ready.local, Q4: replace(ready.local[Q4], n_bytes=n_bytes)})
+
+
+def with_evidence(name: str, found: Evidence) -> Candidate:
+    ready = candidate()
+    evidence = {**ready.facts.evidence, entry_of(name).sha256: found}
+    return replace(ready, facts=ready.facts.model_copy(update={"evidence": evidence}))
 
 
 def _with_picture() -> Candidate:
@@ -326,6 +334,10 @@ REFUSED: dict[str, tuple[Callable[[], Candidate], str]] = {
     "no gating on the card": (
         lambda: front_without("extra_gated_heading"),
         "README.md says nothing for extra_gated_heading, the base model 'Access Gemma on Hugging Face'",
+    ),
+    "out of line": (
+        lambda: with_evidence(Q4, failed()),
+        f"{Q4}: gives no finite figures: its logits hold NaN or Inf",
     ),
     "picture missing": (
         _with_picture,
