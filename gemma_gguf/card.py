@@ -207,6 +207,8 @@ def reproduce_command(manifest: Manifest) -> str:
     if not manifest.stem.startswith(f"{model.org}_"):
         argv += ["--naming", "model"]
     argv += ["--llama-cpp", manifest.llama_cpp.source]
+    if model.left_out:
+        argv.append("--no-mmproj")
     if manifest.llama_cpp.backend != "cpu":
         argv += ["--backend", manifest.llama_cpp.backend]
     made = {entry.recipe for entry in manifest.files if entry.kind == "model"} | set(manifest.recipes)

@@ -227,7 +227,7 @@ def accept_converted(
 def convert_key(state: Run) -> str:
     """Hash of everything a conversion depends on."""
     identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
-    return sha256_json(identity if state.options.mmproj else [*identity, "no mmproj"])
+    return sha256_json([*identity, "no mmproj"] if state.source.facts.left_out else identity)
 
 
 def _given_base(state: Run, base: Path) -> None:

@@ -38,7 +38,7 @@ from tests import checkpoints
 from tests.examples import example
 
 STEM = "test_model"
-SOME = ("bf16", "Q8_0", "Q4_K_L", "Q4_K_M", "Q4_0")
+SOME = ("bf16", "Q8_0", "Q6_K_L", "Q4_K_M", "Q4_0")  # Q6_K, the parent of one, is not among them
 OLDER, NEWER = "pypi:0.3.35", "pypi:0.3.36"
 
 
@@ -209,12 +209,12 @@ def test_a_changed_quantiser_is_found_by_its_hash_and_by_rows(made: tuple[Option
     manifest.save(facts.model_copy(update={"files": files, "quantisers": {"0" * 20: old}}), set_dir)
     found = one(set_dir, refresh.Asked())
     assert {key: value.outcome for key, value in found.items()} == {
-        **dict.fromkeys(("imatrix", "bf16", "Q4_0"), "unchanged"),
-        **dict.fromkeys(("Q4_K_L", "Q4_K_M", "Q8_0"), "remake"),
+        **dict.fromkeys(("imatrix", "bf16", "Q4_0", "Q6_K_L"), "unchanged"),
+        **dict.fromkeys(("Q4_K_M", "Q8_0"), "remake"),
     }
     assert found["Q8_0"].why == "1 tensor of which a sampled row comes out otherwise: blk.0.ffn_up.weight"
     assert "of type Q4_K, whose quantiser makes other bytes of fixed rows" in found["Q4_K_M"].why
-    assert "token_embd.weight" not in found["Q4_K_L"].tensors  # it is Q8_0 there
+    assert "token_embd.weight" not in found["Q4_K_M"].tensors  # it is Q6_K there
 
 
 @pytest.mark.proof
@@ -231,12 +231,14 @@ def test_refresh_from_the_older_release_to_the_newer(tmp_path: Path) -> None:
     checked = one(set_dir, refresh.Asked(llama_cpp=NEWER))
     assert hashes(set_dir) == before
     applied = one(set_dir, refresh.Asked(llama_cpp=NEWER, apply=True))
-    assert {n: d.outcome for n, d in applied.items()} == {n: d.outcome for n, d in checked.items()}
     for name, found in applied.items():
         print(f"{found.outcome:<10}{name:<10}{found.why}")
-    # 0.3.36 sums differently in the quantiser of IQ1_M; nothing else of these recipes changed.
-    assert {name for name, found in applied.items() if found.outcome == "remake"} == {"IQ1_M"}
-    assert all("IQ1_M" in found.why for found in applied.values() if found.outcome == "remake")
+    # 0.3.36 sums in another order in the quantiser of IQ1_M: in some models that changes a few bytes of the file, in
+    # some none. Nothing else of these recipes changed.
+    assert {name for name, found in checked.items() if found.outcome != "unchanged"} == {"IQ1_M"}
+    assert "of type IQ1_M, whose quantiser makes other bytes of fixed rows" in checked["IQ1_M"].why
+    assert {name for name, found in applied.items() if found.outcome != "unchanged"} <= {"IQ1_M"}
+    assert applied["IQ1_M"].outcome == "remake" or "every byte is the same" in applied["IQ1_M"].why
 
     scratch = replace(
         options, llama_cpp=NEWER, out=tmp_path / "scratch", imatrix=set_dir / f"{STEM}-imatrix.gguf", evaluate=False
