@@ -26,7 +26,7 @@ from gemma_gguf import (
     session,
     stale,
 )
-from gemma_gguf.differences import Seen, is_head, look, problem_with, recipe_of
+from gemma_gguf.differences import Seen, is_head, look, problem_with
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import (
     link_or_copy,
