@@ -71,7 +71,9 @@ def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> 
     quants: list[FileEntry] = []
     for entry in state.manifest.files:
         problem = problem_with(state, entry)
-        if entry.kind == "mmproj" or (entry.name == base_file and problem is None):
+        if entry.name in seen.converted and problem is not None:  # there was nothing to compare it with
+            seen.decisions[entry.name] = stale.remake(problem)
+        elif entry.kind == "mmproj" or (entry.name == base_file and problem is None):
             seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
         elif problem is not None and (entry.remote or entry.kind == "imatrix" or conversion.missing is not None):
             seen.decisions[entry.name] = stale.unknown("; ".join(filter(None, (problem, conversion.missing))))

@@ -174,6 +174,7 @@ def _options(set_dir: Path, asked: Asked) -> Options:
         eval_chunks=max(depths, default=None),
         bench=tuple(bench.split(",")) if bench else None,
         mmproj=not facts.model.left_out,
+        allow_mismatch=facts.parity is not None and bool(facts.parity.differences or facts.parity.problem),
         reference=argument(words, "--from") or _imatrix_reference(argv),
         rehash=asked.rehash,
         wait=asked.wait,
@@ -238,6 +239,8 @@ def _carry_out(state: Run, seen: Seen) -> None:
             next_step="Supply what is missing (--model names the checkpoint), or make it anew: gemma-gguf run MODEL",
         )
     _prove(state, seen)
+    if seen.checkpoint is not None and seen.base is not None:  # without it, what the set records of it stays
+        factory.compare_with_checkpoint(state, seen.checkpoint, seen.base)
     old_key = state.manifest.llama_cpp.key
     old_base = _base_sha(state)
     earlier = state.manifest.refresh

@@ -21,6 +21,7 @@ from gemma_gguf import (
     gguf_io,
     llama_cpp,
     manifest,
+    parity,
     production,
     proof,
     quantisers,
@@ -31,7 +32,7 @@ from gemma_gguf.differences import compare_files, sampled_rows
 from gemma_gguf.errors import BadInputError, ToolFailedError
 from gemma_gguf.files import sha256_bytes, sha256_file
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import FileDecision, RefreshFacts
+from gemma_gguf.manifest import FileDecision, ParityDifference, RefreshFacts
 from gemma_gguf.session import Options
 from gemma_gguf.stale import Converted
 from tests import checkpoints
@@ -120,6 +121,13 @@ def test_a_corrected_template_quantises_nothing(
     assert {found.outcome for found in one(set_dir, refresh.Asked()).values()} == {"unchanged"}
     assert "6 of 6 files come out byte for byte the same" in (set_dir / "README.md").read_text()
     fix_template(Path(options.model))
+    differs = ParityDifference(kind="template", where="a conversation", position=4, what="a conversation, character 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(parity, "differences", lambda *_: [differs])
+        (refused,) = refresh.refresh_sets([set_dir], refresh.Asked(apply=True))
+    assert refused.error is not None
+    assert "a conversation, character 4" in refused.error.what
+    assert hashes(set_dir) == before
     monkeypatch.setattr(fanout, "prepare", None)  # a fan-out cannot start, nor write its journal
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -179,7 +187,9 @@ def test_a_projector_that_is_made_again_is_loaded_first(build: Build, tmp_path: 
     (report.set_dir / name).unlink()
     (options.out / ".work" / STEM / f"{STEM}-bf16.gguf").unlink()
     found = one(report.set_dir, refresh.Asked(apply=True))
-    assert found[name.removesuffix(".gguf")].outcome == "remake"
+    decision = found[name.removesuffix(".gguf")]
+    assert decision.outcome == "unchanged"
+    assert decision.why == "made again, as the file is missing; every byte is the same"
     assert hashes(report.set_dir) == before
     entry = manifest.load(report.set_dir).file(name)
     assert entry is not None
