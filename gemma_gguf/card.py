@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import embedding, gemma, memory, pictures, prompts, recipes, table
+from gemma_gguf import embedding, gemma, memory, names, pictures, prompts, recipes, shards, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import Manifest, Similarity
 from gemma_gguf.resources import TEMPLATES
@@ -204,9 +204,14 @@ def reproduce_command(manifest: Manifest) -> str:
         argv.append(f"{model.repo}@{model.revision}" if model.revision else str(model.repo))
     else:
         argv += [f"./{model.model}", *(["--name", model.repo] if model.repo else [])]
-    if not manifest.stem.startswith(f"{model.org}_"):
+    if manifest.stem == names.strip(model.model):
         argv += ["--naming", "model"]
+    elif model.origin == "hub" and manifest.stem != names.stem(model.org, model.model):
+        called = manifest.stem.replace("_", "/", 1)
+        argv += ["--name", called] if "/" in called else ["--name", f"{model.org}/{called}", "--naming", "model"]
     argv += ["--llama-cpp", manifest.llama_cpp.source]
+    if manifest.split_max_size != shards.DEFAULT_LIMIT:
+        argv += ["--split-max-size", f"{manifest.split_max_size // shards.MEGABYTE}MB"]
     if manifest.llama_cpp.backend != "cpu":
         argv += ["--backend", manifest.llama_cpp.backend]
     made = {entry.recipe for entry in manifest.files if entry.kind == "model"} | set(manifest.recipes)
@@ -293,7 +298,8 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "line_setups": list(lines.values()),
         "pick": picked,
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
-        "splits": [entry for entry in models if "/" in entry.name],
+        "links": {entry.name: table.name_and_link(entry, manifest)[1] for entry in manifest.files},
+        "splits": [entry for entry in models if entry.shards],
         "mmproj": table.projector(manifest),
         "large": large,
         "large_equal": [entry for entry in large if not entry.differs],

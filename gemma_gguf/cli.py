@@ -32,6 +32,7 @@ from gemma_gguf import (
     recipes,
     session,
     settings,
+    shards,
     source,
     survey,
 )
@@ -83,6 +84,12 @@ def _loaded() -> settings.Loaded:
     """The settings of the command that is running."""
     loaded: settings.Loaded = click.get_current_context().meta[_SETTINGS]
     return loaded
+
+
+def _whole_megabytes(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if (reason := shards.wrong_limit(value)) is not None:
+        raise click.BadParameter(reason, ctx, param)
+    return value
 
 
 def _console(ctx: click.Context) -> Console:
@@ -162,7 +169,11 @@ _evaluation_options = _with_options(
     ),
 )
 _set_options = _with_options(
-    click.option("--name", metavar="ORG/MODEL", help="Name of a local checkpoint."),
+    click.option(
+        "--name",
+        metavar="ORG/MODEL",
+        help="What the files are named by: of a local checkpoint, or instead of a hub id.",
+    ),
     click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),
@@ -232,6 +243,15 @@ _set_options = _with_options(
     ),
     click.option(
         "--disk-budget", type=_Size(), metavar="SIZE", help="Use no more than this for new files, e.g. 200GB."
+    ),
+    click.option(
+        "--split-max-size",
+        type=_Size(),
+        callback=_whole_megabytes,
+        default=shards.DEFAULT_LIMIT,
+        show_default="50GB",
+        metavar="SIZE",
+        help="A file with more bytes of tensors becomes a folder of shards of at most this, as llama-gguf-split cuts.",
     ),
     click.option(
         "--proof/--no-proof",
@@ -310,6 +330,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         max_memory=given["max_memory"],
         scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
+        split_max_size=given["split_max_size"],
         proof=given["proof"],
         evaluate=given.get("evaluate", True),
         eval_chunks=given.get("eval_chunks"),

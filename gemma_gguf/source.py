@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from gemma_gguf import demo, embedding, gemma
+from gemma_gguf import demo, embedding, gemma, names
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import HashMemory, is_dir
 from gemma_gguf.manifest import EmbeddingFacts, ModelFacts, Sampling
@@ -71,11 +71,13 @@ class ModelName:
     location: Path | None = None  # of a local directory
     revision: str | None = None
     naming: str = NAMINGS[0]
+    called: str | None = None  # ORG/MODEL that files are named by, where it is not the model's own
 
     @property
     def stem(self) -> str:
-        """How files of the set begin, by the naming style."""
-        return self.model if self.naming == "model" else f"{self.org}_{self.model}"
+        """How files of the set begin, by the naming style: see `names.stem`."""
+        org, _, model = (self.called or f"{self.org}/{self.model}").partition("/")
+        return names.strip(model) if self.naming == "model" else names.stem(org, model)
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,17 @@ class Source:
 
 
 def understand(model: str, name: str | None = None, naming: str = NAMINGS[0]) -> ModelName:
-    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory, `naming` one of `NAMINGS`.
+    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory, or for the files of a hub id,
+    `naming` one of `NAMINGS`.
 
-    Raises `BadInputError` when MODEL is none of the three.
+    Raises `BadInputError` when MODEL is none of the three, or its name would make files that nobody can pick.
     """
+    found = _understood(model, name, naming)
+    names.check_stem(found.stem)
+    return found
+
+
+def _understood(model: str, name: str | None, naming: str) -> ModelName:
     if name is not None and not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", name):
         raise BadInputError(f"--name {name!r} is not ORG/MODEL", next_step="For example: --name my-org/my-gemma")
     if model == "demo":
@@ -116,7 +125,7 @@ def understand(model: str, name: str | None = None, naming: str = NAMINGS[0]) ->
             next_step="Give demo, a checkpoint's directory, or a hub id such as google/gemma-3-4b-it.",
         )
     org, _, short = repo.partition("/")
-    return ModelName("hub", org, short, revision=revision or None, naming=naming)
+    return ModelName("hub", org, short, revision=revision or None, naming=naming, called=name)
 
 
 def is_hub_id(repo: str) -> bool:

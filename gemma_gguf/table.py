@@ -291,9 +291,10 @@ def _row(
     mine = close if isinstance(close, Quality) else None
     like = close if isinstance(close, Similarity) else None
     told = _sentences(entry, manifest, quality, words) if is_model else [_projector(entry, manifest, words)]
+    name, link = name_and_link(entry, manifest)
     return Row(
-        name=entry.name.rpartition("/")[2],
-        link=entry.name,
+        name=name,
+        link=link,
         quant=need(entry.recipe, f"the recipe of {entry.name}") if is_model else _outtype(entry),
         size=gigabytes(entry.n_bytes),
         n_bytes=entry.n_bytes,
@@ -306,7 +307,7 @@ def _row(
         same_nearest=plus_minus(like.same_nearest, factor=100, unit="%") if like else NOTHING,
         about=separator.join(told),
         status=words.gettext("complete") if close or not is_model else words.gettext("not measured"),
-        split="/" in entry.name,
+        split=bool(entry.shards),
     )
 
 
@@ -315,6 +316,15 @@ def _cosine(measured: Measured) -> str:
     if measured.se and measured.se < 1e-6:
         return f"{measured.value:.8f} ±\u00a0{measured.se:.0e}"
     return plus_minus(measured)
+
+
+def name_and_link(entry: FileEntry, manifest: Manifest) -> tuple[str, str]:
+    """(name, link) of a file, or of a folder of shards; on the Hub a relative link is one to a file."""
+    folder, _, file = entry.name.rpartition("/")
+    if not entry.shards:
+        return file, f"./{entry.name}"
+    repo = manifest.card.repo
+    return folder, f"https://huggingface.co/{repo}/tree/main/{folder}" if repo else f"./{folder}"
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
