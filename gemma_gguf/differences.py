@@ -27,6 +27,7 @@ from gemma_gguf import (
     quantisers,
     quantize,
     session,
+    shards,
     source,
     stale,
     tasks,
@@ -287,7 +288,7 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
         keys: tuple[str, ...] = ()
         if not is_head(held[entry.name], output.header.data):
             values = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
-            wanted = gguf_io.derived_keys(base, values, fanout.REMOVED_KEYS)
+            wanted = gguf_io.derived_keys(base, values, shards.KEYS)
             keys = gguf_io.differing_keys(held[entry.name].written_again, wanted) or tuple(wanted)
         differing, n_rows = rows.get(entry.name, ((), 0))
         seen.decisions[entry.name] = stale.decide_quant(

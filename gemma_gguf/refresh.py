@@ -274,7 +274,15 @@ def _prove(state: Run, seen: Seen) -> None:
         made = _rewritten(state, seen, name)
     started = time.monotonic()
     proof.compare_with_reference(
-        state.build, state.set_dir, made, seen.recipes[name], base=seen.base, log=state.log, progress=state.progress
+        state.build,
+        state.set_dir,
+        state.stem,
+        [made],
+        seen.recipes[name],
+        limit=state.options.split_max_size,
+        base=seen.base,
+        log=state.log,
+        progress=state.progress,
     )
     took = time.monotonic() - started
     state.did(Done("proof", name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))

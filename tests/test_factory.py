@@ -234,10 +234,9 @@ def test_a_run_records_what_only_the_base_knows(finished: Report) -> None:
     (said,) = made.context.measured
     assert said.cache_bytes == memory.cache_bytes(made.context, 2048)
     assert made.prompts is not None
-    # The converter names no BOS token in this model's file, so its template gets none.
     assert {example.kind: example.text for example in made.prompts.examples} == {
-        "plain": "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
-        "system": "<start_of_turn>system\n{system_prompt}<end_of_turn>\n"
+        "plain": "<bos><start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+        "system": "<bos><start_of_turn>system\n{system_prompt}<end_of_turn>\n"
         "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
     }
     assert made.imatrix is not None
