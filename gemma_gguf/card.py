@@ -204,9 +204,7 @@ def reproduce_command(manifest: Manifest) -> str:
         argv.append(f"{model.repo}@{model.revision}" if model.revision else str(model.repo))
     else:
         argv += [f"./{model.model}", *(["--name", model.repo] if model.repo else [])]
-    argv += [*_naming(manifest), "--llama-cpp", manifest.llama_cpp.source]
-    if manifest.split_max_size != shards.DEFAULT_LIMIT:
-        argv += ["--split-max-size", f"{manifest.split_max_size // shards.MEGABYTE}MB"]
+    argv += [*_naming(manifest), "--llama-cpp", manifest.llama_cpp.source, *_form(manifest)]
     if manifest.llama_cpp.backend != "cpu":
         argv += ["--backend", manifest.llama_cpp.backend]
     made = {entry.recipe for entry in manifest.files if entry.kind == "model"} | set(manifest.recipes)
@@ -237,6 +235,14 @@ def _naming(manifest: Manifest) -> list[str]:
         return []
     called = stem.replace("_", "/", 1)
     return ["--name", called] if "/" in called else ["--name", f"{model.org}/{called}", "--naming", "model"]
+
+
+def _form(manifest: Manifest) -> list[str]:
+    """What the set leaves out, and how large a file of it can be."""
+    argv = ["--no-mmproj"] if manifest.model.left_out else []
+    if manifest.split_max_size != shards.DEFAULT_LIMIT:
+        argv += ["--split-max-size", f"{manifest.split_max_size // shards.MEGABYTE}MB"]
+    return argv
 
 
 def _decisions(manifest: Manifest) -> list[str]:

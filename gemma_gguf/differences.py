@@ -26,6 +26,7 @@ from gemma_gguf import (
     planning,
     quantisers,
     quantize,
+    recipes,
     session,
     shards,
     source,
@@ -36,7 +37,7 @@ from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError, T
 from gemma_gguf.files import sha256_bytes, sha256_file, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry
+from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry, Manifest
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import CHECKPOINT, WORK, Run
@@ -71,9 +72,11 @@ def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> 
     quants: list[FileEntry] = []
     for entry in state.manifest.files:
         problem = problem_with(state, entry)
-        if entry.kind == "mmproj" or (entry.name == base_file and problem is None):
+        if entry.name in seen.converted and problem is not None:  # there was nothing to compare it with
+            seen.decisions[entry.name] = stale.remake(problem)
+        elif entry.kind == "mmproj" or (entry.name == base_file and problem is None):
             seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
-        elif problem is not None and (entry.kind == "imatrix" or conversion.missing is not None):
+        elif problem is not None and (entry.remote or entry.kind == "imatrix" or conversion.missing is not None):
             seen.decisions[entry.name] = stale.unknown("; ".join(filter(None, (problem, conversion.missing))))
         elif problem is not None:
             seen.decisions[entry.name] = stale.remake(problem)
@@ -110,6 +113,8 @@ def _take_up(state: Run, seen: Seen) -> None:
 
 def problem_with(state: Run, entry: FileEntry) -> str | None:
     path = state.set_dir / entry.name
+    if entry.remote is not None and not path.is_file():
+        return f"the file is in {entry.remote.repo}, not on this disk"
     if not path.is_file():
         return "the file is missing"
     if state.memory.sha256(path) != entry.sha256:
@@ -128,7 +133,7 @@ def _checkpoint(state: Run, model: str | None) -> tuple[source.Source | None, st
                 f"{model} is another model than {named}",
                 next_step=f"Name the checkpoint of {named} with --model.",
             )
-        return source.fetch(name, state.work, state.memory, state.progress), ""
+        return _as_asked(state, source.fetch(name, state.work, state.memory, state.progress)), ""
     name = source.ModelName(facts.origin, facts.org, facts.model, revision=facts.revision)
     if facts.origin == "local":
         try:
@@ -139,9 +144,14 @@ def _checkpoint(state: Run, model: str | None) -> tuple[source.Source | None, st
             return None, "its directory is gone; --model names another"
         name = replace(name, location=place)
     try:
-        return source.fetch(name, state.work, state.memory, state.progress, download=False), ""
+        return _as_asked(state, source.fetch(name, state.work, state.memory, state.progress, download=False)), ""
     except GemmaGGUFError as error:
         return None, error.what
+
+
+def _as_asked(state: Run, found: source.Source) -> source.Source:
+    """Of a set without projectors the checkpoint counts as one that reads, as in a run with --no-mmproj."""
+    return found if state.options.mmproj else source.reading(found)
 
 
 def _conversion(state: Run, seen: Seen, why_not: str, scratch: Path) -> stale.Conversion:
@@ -252,11 +262,11 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
     given = state.set_dir / imatrix.file_name(state.stem)
     base = gguf_io.read_header(seen.base)
     for entry in entries:
-        recipe = entry.as_recipe()
-        if recipe.ftype in state.offered:
-            seen.recipes[entry.name] = recipe
+        asked = recipe_of(state.manifest, entry)
+        if asked.ftype in state.offered:
+            (seen.recipes[entry.name],) = session.fitted(state, [asked], base)
         else:
-            seen.decisions[entry.name] = stale.unknown(f"this build's llama-quantize does not offer {recipe.ftype}")
+            seen.decisions[entry.name] = stale.unknown(f"this build's llama-quantize does not offer {asked.ftype}")
     entries = [entry for entry in entries if entry.name in seen.recipes]
     if not given.is_file():
         for entry in entries:
@@ -303,6 +313,13 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
                 keys=keys,
             )
         )
+
+
+def recipe_of(facts: Manifest, entry: FileEntry) -> Recipe:
+    """The recipe of a file as it was asked for: a row of the table, one of the set's own, or what the file says."""
+    own = {row.name: Recipe(row.name, row.ftype, row.about, tuple(row.flags)) for row in facts.custom_recipes}
+    name = str(entry.recipe)
+    return recipes.TABLE.get(name) or own.get(name) or entry.as_recipe()
 
 
 def _retyped(asked: FilePlan, held: Header) -> tuple[str, ...]:

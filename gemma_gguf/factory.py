@@ -155,7 +155,7 @@ def calibrate_sets(
     name = source.understand(options.model, options.name)
     with open_run(options, name, progress, say) as state:
         _convert(state)
-        _compare_with_checkpoint(state)
+        compare_with_checkpoint(state, state.source, state.base)
         return calibrate.compare_sets(state, asked, _calibration_text(state, gguf_io.read_header(state.base)))
 
 
@@ -164,7 +164,7 @@ def calibrate_sets(
 
 def _convert_and_describe(state: Run) -> None:
     _convert(state)
-    _compare_with_checkpoint(state)
+    compare_with_checkpoint(state, state.source, state.base)
     _describe(state)
     _fit_grid(state)
 
@@ -230,7 +230,7 @@ def accept_converted(
 def convert_key(state: Run) -> str:
     """Hash of everything a conversion depends on."""
     identity = ["convert", dict(state.source.files), state.source.name.model, state.build.key]
-    return sha256_json(identity if state.options.mmproj else [*identity, "no mmproj"])
+    return sha256_json([*identity, "no mmproj"] if state.source.facts.left_out else identity)
 
 
 def _given_base(state: Run, base: Path) -> None:
@@ -254,10 +254,10 @@ def _given_base(state: Run, base: Path) -> None:
     state.did(Done("convert", state.base.name, False, "given with --base", 0.0, base.stat().st_size))
 
 
-def _compare_with_checkpoint(state: Run) -> None:
-    """Tokenizer and chat template of the base must be the checkpoint's, or the user must want it all the same."""
+def compare_with_checkpoint(state: Run, checkpoint: source.Source, base: Path) -> None:
+    """Tokenizer and chat template of a base must be the checkpoint's, or the user must want it all the same."""
     texts = calibration.part_documents("mix")
-    key = parity.key(state.memory.sha256(state.base), state.source, state.build, texts)
+    key = parity.key(state.memory.sha256(base), checkpoint, state.build, texts)
     known, allowed = state.manifest.parity, state.options.allow_mismatch
     what = "tokenizer and chat template"
     done = stage_is_done(state, "parity", key) is not None and known is not None
@@ -268,9 +268,9 @@ def _compare_with_checkpoint(state: Run) -> None:
     state.progress("comparing the tokenizer with the checkpoint's", 0, 1, "models")
     try:
         facts = parity.compare(
-            state.source,
-            state.base,
-            gguf_io.read_header(state.base),
+            checkpoint,
+            base,
+            gguf_io.read_header(base),
             state.build,
             texts=texts,
             work=state.work,

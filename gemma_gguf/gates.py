@@ -3,7 +3,9 @@
 Consumes a `Manifest`, produces a `Verdict` for every file that is held back. A file is held back when it gave no
 finite figures, when its mean KL divergence from the base is above `max_kld`, or when it is more than `max_kld_ratio`
 times that of a smaller file and more by over `errors` standard errors of the difference: such a file is broken, or
-nobody should download it. The bounds are recorded in the set (`Manifest.gates`), so whoever reads it judges alike.
+nobody should download it. Of a model that gives embeddings the distance is 1 - mean cosine similarity, and files are
+held against smaller ones alone. The bounds are recorded in the set (`Manifest.gates`), so whoever reads it judges
+alike.
 
 What is known of divergences beside the numbers: where the base itself was quantised before, they are inverted by its
 own grid, and no bound holds (a file without finite figures is broken all the same). Weights that were trained for Q4_0
@@ -94,26 +96,29 @@ def difference(one: Measured, other: Measured) -> Measured:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why one file is held back: it gave no figures (`why`), or its KLD exceeds a bound.
+    """Why one file is held back: it gave no figures (`why`), or it is `far` from the base, beyond a bound.
 
-    `than` is the smaller file it is measured by; None where the bound holds for every file. `bound` is in nats.
+    `than` is the smaller file it is measured by, `than_far` how far that one is; None where the bound holds for every
+    file. Distances and `bound` are in nats of KL divergence, or 1 - cosine of `embeddings`.
     """
 
     entry: FileEntry
     why: str | None = None
-    kld: Measured | None = None
+    far: Measured | None = None
+    embeddings: bool = False
     bound: float | None = None
     than: FileEntry | None = None
-    than_kld: Measured | None = None
+    than_far: Measured | None = None
 
     def __str__(self) -> str:
-        if self.kld is None:
+        if self.far is None:
             return f"gives no finite figures: {self.why}"
-        if self.than is None or self.than_kld is None:
-            return f"KLD {_shown(self.kld)} nats is above the bound of {self.bound:g}"
+        far = f"1 - cosine of {_shown(self.far)}" if self.embeddings else f"KLD {_shown(self.far)} nats"
+        if self.than is None or self.than_far is None:
+            return f"{far} is above the bound of {self.bound:g}"
         return (
-            f"KLD {_shown(self.kld)} nats is above {self.bound:.4g}, the bound by {self.than.name}, which is smaller "
-            f"({_shown(self.than_kld)})"
+            f"{far} is above {self.bound:.4g}, the bound by {self.than.name}, which is smaller "
+            f"({_shown(self.than_far)})"
         )
 
 
@@ -126,7 +131,7 @@ def verdicts(manifest: Manifest) -> dict[str, Verdict]:
 
     A file that was not measured is not judged: a set says elsewhere that it is not complete.
     """
-    bounds, found = manifest.gates, qualities(manifest)
+    bounds, found = manifest.gates, closeness(manifest)
     failed = failures(manifest)
     judged: dict[str, Verdict] = {}
     for entry in manifest.files:
@@ -139,12 +144,14 @@ def verdicts(manifest: Manifest) -> dict[str, Verdict]:
     return judged
 
 
-def _too_far(entry: FileEntry, manifest: Manifest, found: Mapping[str, Quality], bounds: GateFacts) -> Verdict | None:
+def _too_far(entry: FileEntry, manifest: Manifest, found: Mapping[str, Closeness], bounds: GateFacts) -> Verdict | None:
     mine = found[entry.name]
-    verdict = Verdict(entry, kld=mine.kld)
+    far = distance(mine)
+    verdict = Verdict(entry, far=far, embeddings=isinstance(mine, Similarity))
     base = manifest.evidence.get(mine.base_sha256)
-    noise = base.quality.kld.value if base is not None and base.quality is not None else 0.0
-    if mine.kld.value > bounds.max_kld:
+    of_base = base and (base.quality or base.similarity)
+    noise = distance(of_base).value if of_base else 0.0
+    if isinstance(mine, Quality) and far.value > bounds.max_kld:
         return replace(verdict, bound=bounds.max_kld)
     measures = [
         other
@@ -154,14 +161,14 @@ def _too_far(entry: FileEntry, manifest: Manifest, found: Mapping[str, Quality],
         and (theirs := found.get(other.name)) is not None
         and comparable(mine, theirs)
         and not (manifest.model.qat and other.recipe in HOLD_Q4_0_GRID)
-        and _exceeds(mine.kld, theirs.kld, bounds, noise)
+        and _exceeds(far, distance(theirs), bounds, noise)
     ]
     if not measures:
         return None
-    than = min(measures, key=lambda other: found[other.name].kld.value)
-    theirs = found[than.name]
-    bound = bounds.max_kld_ratio * max(theirs.kld.value, noise)
-    return replace(verdict, bound=bound, than=than, than_kld=theirs.kld)
+    than = min(measures, key=lambda other: distance(found[other.name]).value)
+    than_far = distance(found[than.name])
+    bound = bounds.max_kld_ratio * max(than_far.value, noise)
+    return replace(verdict, bound=bound, than=than, than_far=than_far)
 
 
 def _exceeds(mine: Measured, theirs: Measured, bounds: GateFacts, noise: float) -> bool:

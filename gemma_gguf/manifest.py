@@ -84,6 +84,7 @@ class ModelFacts(_Model):
     n_parameters: Count
     vision: bool
     audio: bool
+    left_out: list[Literal["vision", "audio"]]  # the checkpoint has them, --no-mmproj made a set that reads
     qat: bool
     license: str | None
     chat_template: str | None
@@ -664,7 +665,7 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         # Earlier versions recorded no prompts of such a model, and its base lacks the dense layers.
         bare: dict[str, Any] = {"prompts": {}, "similarity": None, "dense": []}
         embeds = model.get("gguf_arch") == "gemma-embedding"
-        raw = {**raw, "model": {"embedding": bare if embeds else None, **model}}
+        raw = {**raw, "model": {"embedding": bare if embeds else None, "left_out": [], **model}}
     if isinstance(evidence, dict):
         completed = {
             key: {"similarity": None, "failed": None, **found} if isinstance(found, dict) else found

@@ -183,6 +183,7 @@ class Reference:
     probes: list[Probe]
     vocabulary: dict[int, str]
     added: frozenset[str]
+    special: frozenset[int]  # tokens that plain text never has
     prefix: Ids
     suffix: Ids
     has_template: bool
@@ -265,6 +266,7 @@ def ask_reference(
         probes,
         {number: text for text, number in said["vocabulary"]},
         frozenset(said["added"]),
+        frozenset(said["special"]),
         said["prefix"],
         said["suffix"],
         said["has_template"],
@@ -502,7 +504,8 @@ def differences(reference: Reference, answers: Answers, tokens: Tokens) -> list[
 
 
 def _text_differences(reference: Reference, answers: Answers, tokens: Tokens) -> list[ParityDifference]:
-    uncertain = [text for number in answers.uncertain if (text := tokens.text(number))]
+    not_plain = answers.uncertain | _always_read(reference, tokens)
+    uncertain = [text for number in not_plain if (text := tokens.text(number))]
     beyond = list(_beyond(reference, tokens).values())
     found = []
     for probe, ids in zip(reference.probes, answers.ids, strict=True):
@@ -527,6 +530,16 @@ def _beyond(reference: Reference, tokens: Tokens) -> dict[int, str]:
     transformers' classes add some of their own (a `<mask>`) where a tokenizer lacks them; no model could read them.
     """
     return {number: text for number, text in reference.vocabulary.items() if number >= len(tokens.texts)}
+
+
+def _always_read(reference: Reference, tokens: Tokens) -> frozenset[int]:
+    """Special tokens of the checkpoint that the file types as user-defined: llama.cpp finds them in plain text, too.
+
+    The converter does so to Gemma 4's marks of thoughts and tool calls, because llama.cpp writes no control tokens and
+    its chat parser must see these (`conversion/gemma.py`).
+    """
+    typed = frozenset(number for number, kind in enumerate(tokens.types) if kind == USER_DEFINED)
+    return typed & reference.special
 
 
 def _vocabulary_differences(reference: Reference, tokens: Tokens) -> list[ParityDifference]:
@@ -624,7 +637,9 @@ def _unasked(reference: Reference, answers: Answers, tokens: Tokens, build: Buil
         return {**left_out, "special tokens in plain text": "llama-server does not say how llama.cpp types them"}
     why = "llama.cpp gives it another type than the file; where special tokens are parsed it was compared"
     mended = {f"token {number} {tokens.text(number)!r} in plain text": why for number in sorted(answers.uncertain)}
-    return {**left_out, **mended}
+    why = "llama.cpp reads it in any text, as the file types it; where special tokens are parsed it was compared"
+    always = {f"token {n} {tokens.text(n)!r} in plain text": why for n in sorted(_always_read(reference, tokens))}
+    return {**left_out, **mended, **always}
 
 
 def _first(one: Sequence[object], other: Sequence[object]) -> int:

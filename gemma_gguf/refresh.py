@@ -173,6 +173,8 @@ def _options(set_dir: Path, asked: Asked) -> Options:
         evaluate=asked.evaluate and bool(facts.evidence),
         eval_chunks=max(depths, default=None),
         bench=tuple(bench.split(",")) if bench else None,
+        mmproj=not facts.model.left_out,
+        allow_mismatch=facts.parity is not None and bool(facts.parity.differences or facts.parity.problem),
         reference=argument(words, "--from") or _imatrix_reference(argv),
         rehash=asked.rehash,
         wait=asked.wait,
@@ -237,8 +239,15 @@ def _carry_out(state: Run, seen: Seen) -> None:
             next_step="Supply what is missing (--model names the checkpoint), or make it anew: gemma-gguf run MODEL",
         )
     _prove(state, seen)
+    if seen.checkpoint is not None and seen.base is not None:  # without it, what the set records of it stays
+        factory.compare_with_checkpoint(state, seen.checkpoint, seen.base)
     old_key = state.manifest.llama_cpp.key
     old_base = _base_sha(state)
+    earlier = state.manifest.refresh
+    resumed = earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key
+    old_shas = {entry.name: entry.sha256 for entry in state.manifest.files}
+    if resumed and earlier is not None:  # what is done by now has another hash
+        old_shas |= {name: found.sha256 for name, found in earlier.files.items() if found.sha256 is not None}
     _record(state, seen, "applying")
     _install_converted(state, seen)
     computed = seen.decisions.get(imatrix.file_name(state.stem))
@@ -247,6 +256,10 @@ def _carry_out(state: Run, seen: Seen) -> None:
         _keep_imatrix(state, old_base, old_key)
     _settle_quants(state, seen)
     factory.remake(state, new_imatrix=new_imatrix)
+    for name, decision in seen.decisions.items():
+        entry = state.manifest.file(name)
+        if decision.outcome == "remake" and entry is not None and entry.sha256 == old_shas.get(name):
+            seen.decisions[name] = stale.unchanged(f"made again, as {decision.why}; every byte is the same")
     _record(state, seen, "applied")
 
 
@@ -371,7 +384,7 @@ def _settle_quants(state: Run, seen: Seen) -> None:
             continue
         if entry.name == convert.base_name(state.stem):
             if outcome == "unchanged":  # else it is linked to the new base with what is made
-                key = production.quant_key(state, entry.as_recipe(), base_sha, imatrix_sha)
+                key = production.quant_key(state, recipes.TABLE[str(entry.recipe)], base_sha, imatrix_sha)
                 state.record(state.manifest.with_file(entry.model_copy(update={"key": key})))
             continue
         recipe, output = seen.recipes[entry.name], seen.outputs[entry.name]
@@ -387,9 +400,14 @@ def _settle_quants(state: Run, seen: Seen) -> None:
         partial = _rewritten(state, seen, entry.name)
         argv = proof.reference_argv(state.build, state.stem, recipe, partial, state.options.threads)
         n_bytes = held.file_size - held.data_start
-        item = production.Todo(recipe, key, seen.decisions[entry.name].why, plans)
+        # A parent that is not in the set was not asked for its plan; what differs from it is known.
+        known = {**plans, recipe.parent: plans.get(recipe.parent, output.plan)} if recipe.parent else plans
+        item = production.Todo(recipe, key, seen.decisions[entry.name].why, known)
         production.accept(state, item, partial, argv, time.monotonic() - started, stage="refresh")
         state.log.note(f"refresh: {entry.name}: new header, {n_bytes} bytes of tensor data copied, none quantised")
+        now = state.manifest.file(entry.name)
+        assert now is not None
+        state.record(state.manifest.with_file(now.model_copy(update={"differs": entry.differs})))
         _keep_speed(state, entry)
 
 

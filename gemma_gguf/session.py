@@ -360,8 +360,8 @@ def open_run(
     with open_work(work, wait=options.wait) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         found = source.fetch(name, work, memory, progress)
-        if not options.mmproj:  # then this is a set of a model that reads
-            found = replace(found, facts=found.facts.model_copy(update={"vision": False, "audio": False}))
+        if not options.mmproj:
+            found = source.reading(found)
         if name.location is not None:  # `refresh` looks for the checkpoint there; a manifest names no place
             write_atomic(work / CHECKPOINT, json.dumps({"path": str(name.location)}) + "\n")
         state = Run(

@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -177,6 +177,7 @@ def fetch(
         n_parameters=sum(found.tensors.values()),
         vision=vision,
         audio=audio,
+        left_out=[],
         qat=qat.is_said(name.model, card),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
         chat_template=_chat_template(path),
@@ -187,6 +188,14 @@ def fetch(
         base_is_dequantised=name.origin == "demo",
     )
     return Source(name, path, facts)
+
+
+def reading(found: Source) -> Source:
+    """The checkpoint without what it sees and hears, as --no-mmproj asks: its set has no projectors."""
+    facts = found.facts
+    left_out = [sense for sense, has in (("vision", facts.vision), ("audio", facts.audio)) if has]
+    changed = {"vision": False, "audio": False, "left_out": left_out}
+    return replace(found, facts=facts.model_copy(update=changed))
 
 
 @dataclass(frozen=True)

@@ -467,15 +467,20 @@ def _rank_sentences(
 
 def _held_sentence(verdict: gates.Verdict, manifest: Manifest, words: NullTranslations) -> str:
     """Why the quality gate holds a file back."""
-    if verdict.kld is None or verdict.bound is None:
+    if verdict.far is None or verdict.bound is None:
         return words.gettext("⛔ Broken: it gives no finite figures.")
-    facts = {"kld": plus_minus(verdict.kld), "bound": f"{verdict.bound:g}"}
+    facts = {"kld": plus_minus(verdict.far), "bound": f"{verdict.bound:g}"}
     if verdict.than is None:
         return words.gettext("⛔ Out of line: KLD %(kld)s is above %(bound)s nats.") % facts
     facts |= {"ratio": f"{manifest.gates.max_kld_ratio:g}", "other": str(verdict.than.recipe)}
-    text = words.gettext(
-        "⛔ Out of line: KLD %(kld)s is more than %(ratio)s times that of %(other)s, which is smaller."
-    )
+    if verdict.embeddings:
+        text = words.gettext(
+            "⛔ Out of line: 1 - cosine %(kld)s is more than %(ratio)s times that of %(other)s, which is smaller."
+        )
+    else:
+        text = words.gettext(
+            "⛔ Out of line: KLD %(kld)s is more than %(ratio)s times that of %(other)s, which is smaller."
+        )
     return text % facts
 
 

@@ -38,7 +38,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     `texts` are read with special tokens parsed and as plain text; so is an `added_probe` of every token that the
     checkpoint or `request["gguf_added"]` names as added. Ids are without BOS and EOS, which `prefix` and `suffix` hold.
-    `starts` are where each token begins in its text, in characters.
+    `starts` are where each token begins in its text, in characters; `special` are the tokens that plain text never has.
     """
     tokenizer = _load(request["directory"])
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -51,6 +51,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         "n_vocab": len(tokenizer),
         "vocabulary": sorted(vocabulary.items(), key=lambda item: item[1]),
         "added": added,
+        "special": sorted(n for n, token in tokenizer.added_tokens_decoder.items() if token.special),
         "parsed": _read(tokenizer, texts, plain=False),
         "plain": _read(tokenizer, texts, plain=True),
         "prefix": whole[:at],

@@ -232,6 +232,7 @@ def example() -> Manifest:
             gguf_arch="gemma3",
             n_parameters=4300079472,
             vision=True,
+            left_out=[],
             audio=False,
             qat=False,
             license="gemma",

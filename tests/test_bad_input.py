@@ -70,6 +70,7 @@ class Says:
     argv: list[str | Path]
     what: str
     next_step: str | None = None
+    leaves: str = "quantset.json"  # all that may be new in the set
 
 
 Case = Callable[[Here], Says]
@@ -229,8 +230,14 @@ def _(here: Here) -> Says:
     data = bytearray(path.read_bytes())
     data[tensor.offset + 40 : tensor.offset + 44] = np.float32("nan").tobytes()
     path.write_bytes(data)
-    what = f"{path} holds NaN or Inf for {name}"
-    return Says(_quantize(here, path), what, "Compute it again: leave --imatrix out.")
+    what = f"{STEM}-imatrix.gguf lacks data of 1 tensor for 1 of 1 recipes:\n  {name}: has NaN or Inf; used by Q4_0"
+    choices = (
+        "one of these:\n"
+        "  another imatrix, or none: one is computed\n"
+        "  raise these tensors in these recipes to a type that is safe without: --pin-uncovered Q6_K\n"
+        "  every recipe is affected"
+    )
+    return Says(_quantize(here, path), what, choices, leaves=f"quantset.json {path.name}")  # without that tensor
 
 
 @case("imatrix of another model")
@@ -404,14 +411,14 @@ def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     assert (done.exit_code, done.stdout) == (1, "")
     lines = done.stderr.splitlines()
     said = lines[next(n for n, line in enumerate(lines) if line.startswith("error: ")) :]
-    assert said[: 1 + bool(says.next_step)] == [
-        f"error: {says.what}",
-        *([f"next:  {says.next_step}"] if says.next_step else []),
-    ]
+    told = f"error: {says.what}" + (f"\nnext:  {says.next_step}" if says.next_step else "")
+    expected = told.splitlines()
+    assert said[: len(expected)] == expected
     after = final_files(tmp_path)
     # A base that was given is linked into the work directory before its imatrix is looked at; no file of a set is new.
-    assert {file for file in after - before if not file.startswith("out/.work/")} <= {f"out/{STEM}-GGUF/quantset.json"}
-    bases = [file for file in after - before if file.endswith(".gguf")]
+    allowed = {f"out/{STEM}-GGUF/{name}" for name in says.leaves.split()}
+    assert {file for file in after - before if not file.startswith("out/.work/")} <= allowed
+    bases = [file for file in after - before - allowed if file.endswith(".gguf")]
     assert bases == ([f"out/.work/{STEM}/{STEM}-bf16.gguf"] if "--base" in says.argv and bases else [])
 
 

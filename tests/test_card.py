@@ -923,6 +923,11 @@ def test_shards_are_downloaded_as_a_folder_and_not_offered_to_ollama(theme: str)
             "gemma-gguf run ./my-gemma --name me/my-gemma --llama-cpp pypi:0.3.36",
             id="directory with a name",
         ),
+        pytest.param(
+            {"origin": "demo", "vision": False, "left_out": ["vision"]},
+            "gemma-gguf run demo --llama-cpp pypi:0.3.36 --no-mmproj",
+            id="without projectors",
+        ),
     ],
 )
 def test_the_command_to_reproduce_names_the_model(changes: dict[str, Any], command: str) -> None:

@@ -14,7 +14,7 @@ from gemma_gguf.evidence import Measuring
 from gemma_gguf.files import sha256_file
 from gemma_gguf.gates import Bounds
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import Failed, Manifest
+from gemma_gguf.manifest import EmbeddingFacts, Failed, Manifest, Measured, Similarity
 from gemma_gguf.session import Done, Report
 from tests.examples import STEM, sha
 from tests.test_table import BASE, a_set, of, with_kld
@@ -122,6 +122,46 @@ def test_files_on_the_grid_of_a_qat_checkpoint_are_no_measure_for_others(qat: bo
 def test_the_q4_0_of_a_qat_checkpoint_is_measured_by_the_others() -> None:
     made = a_set(("Q4_0", 2.0, 0.5, 0.001), ("Q3_K_M", 1.8, 0.05, 0.001), qat=True)
     assert list(held(made)) == ["Q4_0"]
+
+
+def with_embeddings(made: Manifest) -> Manifest:
+    """The set as one of a model that gives embeddings: what was a divergence is 1 - cosine."""
+    found = {}
+    for digest, known in made.evidence.items():
+        assert known.quality is not None
+        far = known.quality.kld
+        near = Similarity(
+            base_sha256=known.quality.base_sha256,
+            text="heldout",
+            text_sha256=sha("lines"),
+            prompt="",
+            n_lines=100,
+            n_embd=64,
+            cosine=Measured(value=1 - far.value, se=far.se),
+            cosine_min=0.5,
+            same_nearest=Measured(value=0.9, se=0.01),
+            build="b",
+        )
+        found[digest] = known.model_copy(update={"quality": None, "similarity": near})
+    said = EmbeddingFacts(prompts={}, similarity="cosine", dense=[])
+    return made.model_copy(update={"evidence": found, "model": made.model.model_copy(update={"embedding": said})})
+
+
+def test_embeddings_are_held_against_smaller_files() -> None:
+    made = with_embeddings(a_set(SMALL, ("Q4_K_M", 2.5, 0.0771, 0.004), ("IQ2_XXS", 1.0, 1.5, 0.1)))
+    told = f"1 - cosine of 0.0771 ± 0.004 is above 0.06, the bound by {STEM}-IQ4_XS.gguf, which is smaller"
+    assert held(made) == {"Q4_K_M": f"{told} (0.03 ± 0.002)"}  # no bound in nats
+    text = card.Renderer().render(made).replace("\u00a0", " ")
+    assert "⛔ Out of line: 1 - cosine 0.0771 ± 0.0040 is more than 2 times that of IQ4_XS, which is smaller." in text
+
+
+def test_the_noise_of_embeddings_is_no_measure() -> None:
+    made = with_embeddings(a_set(("Q6_K", 3.0, 1e-6, 1e-8), ("Q8_0", 4.0, 3.9e-6, 1e-8)))
+    assert list(held(made)) == ["Q8_0"]
+    own = with_embeddings(a_set(("bf16", 8.0, 2e-6, 1e-8))).evidence
+    (of_base,) = own.values()
+    made.evidence[BASE] = of_base
+    assert held(made) == {}
 
 
 def test_what_is_held_back_is_recorded_beside_its_bounds() -> None:

@@ -31,6 +31,7 @@ def reference(**changed: Any) -> Reference:
         probes=[Probe("one letter", "a", False, [2], [0]), Probe("words", "ab a", False, [2, 3, 4, 2], [0, 1, 2, 3])],
         vocabulary=dict(enumerate(TEXTS)),
         added=frozenset({"<turn>", "  "}),
+        special=frozenset({1, 5}),
         prefix=[1],
         suffix=[],
         has_template=True,
@@ -183,6 +184,12 @@ def test_a_difference(theirs: Reference, ours: Answers, tokens: Tokens, what: st
             id="a token that llama.cpp types otherwise, in plain text",
         ),
         pytest.param(
+            reference(probes=[*reference().probes, Probe("mark", "a<turn>", True, [2, 7, 7], [0, 1, 2])]),
+            answers(ids=[*answers().ids, [2, 5]]),
+            replace(TOKENS, types=[*TYPES[:5], 4, *TYPES[6:]]),
+            id="a special token that the converter makes visible, in plain text",
+        ),
+        pytest.param(
             reference(prompts=[Prompt(PLAIN, "<bos><turn>ab", [1, 5, 2, 3])]),
             answers(prompts=[("<bos><turn>ab", [1, 5, 2, 3])]),
             TOKENS,
@@ -198,6 +205,21 @@ def test_a_token_that_llama_cpp_types_otherwise_counts_where_it_is_parsed() -> N
     probe = Probe("html", "a</s>", False, [2, 7], [0, 1])
     ours = answers(ids=[*answers().ids, [2, 4, 4]], uncertain=frozenset({7}))
     assert len(said(reference(probes=[*reference().probes, probe]), ours)) == 1
+
+
+@pytest.mark.parametrize(
+    ("plain", "special", "kind"),
+    [
+        pytest.param(False, {1, 5}, 4, id="where special tokens are parsed"),
+        pytest.param(True, {1}, 4, id="that the checkpoint does not call special"),
+        pytest.param(True, {1, 5}, 3, id="that is a control token in the file"),
+    ],
+)
+def test_a_token_that_is_no_visible_special_one_counts(plain: bool, special: set[int], kind: int) -> None:
+    probe = Probe("mark", "a<turn>", plain, [2, 7, 7], [0, 1, 2])
+    theirs = reference(probes=[*reference().probes, probe], special=frozenset(special))
+    tokens = replace(TOKENS, types=[*TYPES[:5], kind, *TYPES[6:]])
+    assert len(said(theirs, answers(ids=[*answers().ids, [2, 5]]), tokens)) == 1
 
 
 @pytest.mark.parametrize(
