@@ -46,6 +46,7 @@ from gemma_gguf.session import (
     Run,
     file_name,
     fitted,
+    is_cut_at,
     is_whole,
     kernels_for,
     new_entry,
@@ -130,15 +131,7 @@ def _why_made(state: Run, entry: FileEntry | None, key: str) -> str | None:
         return None
     if not is_whole(state.memory, state.set_dir, entry):
         return "file missing or changed"
-    return None if _is_cut_right(state, entry) else "another split limit"
-
-
-def _is_cut_right(state: Run, entry: FileEntry) -> bool:
-    """Whether a file is whole, or in shards, as this run's limit wants it."""
-    limit = state.options.split_max_size
-    if not entry.shards and entry.n_bytes <= limit:
-        return True
-    return shards.is_cut_at([gguf_io.read_header(state.set_dir / part.name) for part in entry.parts], limit)
+    return None if is_cut_at(state.set_dir, entry, state.options.split_max_size) else "another split limit"
 
 
 def quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:

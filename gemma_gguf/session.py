@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,13 @@ def is_whole(memory: HashMemory, set_dir: Path, entry: FileEntry) -> bool:
     return entry.is_there(set_dir) and all(memory.sha256(set_dir / part.name) == part.sha256 for part in entry.parts)
 
 
+def is_cut_at(set_dir: Path, entry: FileEntry, limit: int) -> bool:
+    """Whether a file that is there is whole, or in shards, as this split limit wants it."""
+    if not entry.shards and entry.n_bytes <= limit:
+        return True
+    return shards.is_cut_at([gguf_io.read_header(set_dir / part.name) for part in entry.parts], limit)
+
+
 def check_given(options: Options) -> None:
     """What the user names must be there, before anything is built or downloaded."""
     for _, check in given_checks(options):
@@ -399,9 +406,11 @@ def open_set(
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         facts = manifest.load(set_dir)  # as it is now that nobody else can change it
         model = facts.model
-        name = source.ModelName(model.origin, model.org, model.model, revision=model.revision)
-        if name.stem != facts.stem:
-            name = replace(name, naming="model")
+        # Whatever the files were named by (--name, --naming), they begin as they do.
+        called = f"{model.org}/{facts.stem}"
+        name = source.ModelName(
+            model.origin, model.org, model.model, revision=model.revision, naming="model", called=called
+        )
         with told(log, memory):
             yield Run(
                 options=options,

@@ -15,16 +15,32 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from gguf.constants import GGMLQuantizationType
+from huggingface_hub import constants
 
-from gemma_gguf import card, factory, gates, gguf_io, manifest, names, planning, proof, shards, table
+from gemma_gguf import (
+    card,
+    evidence,
+    factory,
+    fanout,
+    gates,
+    gguf_io,
+    manifest,
+    names,
+    planning,
+    proof,
+    refresh,
+    shards,
+    table,
+)
 from gemma_gguf.cli import main
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import replace_folder_durably, sha256_file
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import FileEntry, Manifest, Shard
-from gemma_gguf.session import Done, Options
+from gemma_gguf.manifest import FileDecision, FileEntry, Manifest, Shard
+from gemma_gguf.session import Done, Options, PublishOptions
 from tests import hub
 from tests.examples import STEM, example, sha
+from tests.test_refresh import fix_template
 
 MB = shards.MEGABYTE
 LIMIT = 1 * MB
@@ -348,6 +364,147 @@ def test_tensor_too_large_for_the_first_shard_is_said_before_work(made: Made, tm
     with pytest.raises(GemmaGGUFError, match="the first tensor alone takes 4,194,304 bytes"):
         shards.of_whole(gguf_io.read_header(tmp_path / "m.gguf"), MB)
     assert shards.of_whole(gguf_io.read_header(tmp_path / "m.gguf"), 5 * MB) == []
+
+
+# --- measured, sent, and on build day ---------------------------------------------------------------------------------
+
+
+def test_the_same_model_whole_has_the_same_figures(made: Made, tmp_path: Path) -> None:
+    """llama.cpp reads the shards as it reads the whole file: perplexity and divergence are equal to the last digit."""
+    whole = copied(made, tmp_path)
+    assert set(again(whole, split_max_size=shards.DEFAULT_LIMIT)) == set(CUT)
+    assert [len(entry.shards) for entry in whole.facts.files] == [0] * 5
+    measured = made.facts.evidence
+    bare = {sha256: found.model_copy(update={"quality": None}) for sha256, found in measured.items()}
+    manifest.save(whole.facts.model_copy(update={"evidence": bare}), whole.set_dir)
+    facts = evidence.evaluate_set(whole.set_dir, evidence.Measuring(chunks=2, bench=("none",)))
+    assert len(facts.evidence) == len(CUT) + 1
+    for sha256, found in facts.evidence.items():
+        assert found.quality is not None
+        assert found.quality == measured[sha256].quality
+
+
+STREAMED = ("Q8_0", "Q4_K_M", "IQ2_XS")
+REPO, TOKEN = "test/streamed-GGUF", "hf_" + "w" * 30
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+def test_shards_are_sent_as_one_commit_and_then_taken_away(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waves, the second commit refused: what is not committed as a whole stays here as a whole, and is sent later."""
+    base, given = made.work / f"{NAME}-bf16.gguf", made.set_dir / f"{NAME}-imatrix.gguf"
+    options = replace(
+        made.options,
+        out=tmp_path / "out",
+        base=base,
+        imatrix=given,
+        recipes=STREAMED,
+        evaluate=False,
+        proof=False,
+        publish=PublishOptions(repo=REPO, stream=True),
+    )
+    set_dir = tmp_path / "out" / made.set_dir.name
+    own = {recipe: [shard.name for shard in made.entry(recipe).parts] for recipe in STREAMED}
+    count = iter(range(100))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub.serving() as there:
+        there.open_for_writing(tmp_path / "store", **{TOKEN: "test"})
+        monkeypatch.setattr(constants, "ENDPOINT", there.url)
+        there.faults = lambda _, path: (
+            hub.Fault("status", 403) if path.endswith("/commit/main") and next(count) == 1 else None
+        )
+        with pytest.raises(BadInputError, match="this token may not write"):
+            factory.run(options)
+        repo = there.uploaded(REPO)
+        (sent,) = [recipe for recipe in STREAMED if not any((set_dir / name).exists() for name in own[recipe])]
+        assert [list(commit.files) for commit in repo.history] == [own[sent]]
+        for recipe in STREAMED:
+            entry = manifest.load(set_dir).made(recipe)
+            assert entry is not None
+            assert entry.state == ("remote" if recipe == sent else "local")
+            assert entry.is_there(set_dir) == (recipe != sent)
+        factory.run(options)
+        facts = manifest.load(set_dir)
+        assert {entry.recipe for entry in facts.files if entry.state == "remote"} == set(STREAMED)
+        assert not [path for path in set_dir.iterdir() if path.is_dir() and path.name != "assets"]
+        groups = [sorted(commit.files) for commit in repo.history]
+        assert [sorted(own[recipe]) for recipe in STREAMED if sorted(own[recipe]) not in groups] == []
+        last = repo.commits[repo.refs["main"]]
+        for recipe in STREAMED:
+            assert {part.name: sha256_file(last / part.name) for part in made.entry(recipe).parts} == {
+                part.name: part.sha256 for part in made.entry(recipe).parts
+            }
+        said: list[Done] = []
+        factory.run(options, say=said.append)
+        assert [done.name for done in said if done.made and done.stage in ("quantize", "publish")] == []
+
+
+def refreshed(set_dir: Path, **asked: Any) -> dict[str, FileDecision]:
+    """{recipe, or name of another file: what a refresh with this build decided}"""
+    facts = manifest.load(set_dir)
+    (result,) = refresh.refresh_sets([set_dir], refresh.Asked(evaluate=False, **asked))
+    assert result.error is None, result.error
+    now = manifest.load(set_dir)
+    assert now.refresh is not None
+    assert set(now.refresh.files) == {entry.name for entry in now.files}
+    assert {name: found.sha256 for name, found in now.refresh.files.items()} == {e.name: e.sha256 for e in now.files}
+    return {entry.recipe or entry.name: result.decisions[entry.name] for entry in facts.files}
+
+
+def test_a_corrected_template_changes_the_first_shards_alone(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Build day takes a folder for one file: nothing is quantised, and llama-quantize and llama-gguf-split agree."""
+    day = copied(made, tmp_path)
+    checkpoint = shutil.copytree(made.options.model, tmp_path / "model")
+    (day.work / "checkpoint.json").write_text(json.dumps({"path": str(checkpoint)}))
+    (day.work / f"{NAME}-bf16.gguf").unlink()  # it is in the shards of the bf16 row
+    models = (*CUT, "IQ2_XS")
+    assert {found.outcome for found in refreshed(day.set_dir).values()} == {"unchanged"}
+    fix_template(checkpoint)
+    monkeypatch.setattr(fanout, "prepare", None)  # a fan-out cannot start
+    found = refreshed(day.set_dir, apply=True)
+    assert {recipe: found[recipe].outcome for recipe in models} == dict.fromkeys(models, "keys")
+    assert {tuple(found[recipe].keys) for recipe in models} == {("tokenizer.chat_template",)}
+    for recipe in CUT:
+        pairs = list(zip(made.entry(recipe).shards, day.entry(recipe).shards, strict=True))
+        assert [old.name for old, new in pairs if old.sha256 != new.sha256] == [made.entry(recipe).name]
+    assert [result.problem for result in proof.verify_set(day.set_dir)] == [None] * 5
+    assert sorted(proof.prove_set(day.set_dir)) == sorted(models)
+    assert not list(day.work.rglob("*.partial*"))
+    assert again(day, model=str(checkpoint)) == {}
+
+
+def test_build_day_finds_what_is_wrong_with_shards(made: Made, tmp_path: Path) -> None:
+    """A sampled row in the second shard, a missing shard, another limit: each is said, made again, and recorded."""
+    bad = copied(made, tmp_path)
+    facts = bad.facts
+    entry = bad.entry("Q8_0")
+    path = bad.set_dir / entry.shards[1].name
+    first = next(tensor for tensor in gguf_io.read_header(path).tensors if tensor.ggml_type.name == "Q8_0")
+    data = bytearray(path.read_bytes())
+    data[first.offset + 2] ^= 1  # in the first row, which is sampled
+    path.write_bytes(data)
+    whole, own = shards.hashes(shards.read([bad.set_dir / shard.name for shard in entry.shards]))
+    cut = [shard.model_copy(update={"sha256": one}) for shard, one in zip(entry.shards, own, strict=True)]
+    changed = entry.model_copy(update={"sha256": whole, "shards": cut, "build": "0" * 20})
+    recorded = {"0" * 20: facts.quantisers[facts.llama_cpp.key]}
+    manifest.save(facts.with_file(changed).model_copy(update={"quantisers": recorded}), bad.set_dir)
+    (bad.set_dir / bad.entry("Q4_K_M").shards[-1].name).unlink()
+    found = refreshed(bad.set_dir)
+    assert {name: decision.why for name, decision in found.items() if decision.outcome != "unchanged"} == {
+        "Q8_0": f"1 tensor of which a sampled row comes out otherwise: {first.name}",
+        "Q4_K_M": "a shard is missing",
+    }
+    manifest.save(bad.facts.model_copy(update={"split_max_size": 3 * MB}), bad.set_dir)
+    found = refreshed(bad.set_dir, apply=True)
+    assert (found["Q8_0"].outcome, found["Q8_0"].why) == ("remake", "it is cut at another split limit than the set's")
+    assert {e.recipe: (e.sha256, len(e.shards)) for e in bad.facts.files if e.recipe} == {
+        recipe: (made.entry(recipe).sha256, 2 if recipe == "bf16" else 0) for recipe in (*CUT, "IQ2_XS")
+    }
+    assert [result.problem for result in proof.verify_set(bad.set_dir)] == [None] * 5
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------
