@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from gemma_gguf import embedding, gates, gemma, memory, pictures, prompts, qat, recipes, table
+from gemma_gguf import embedding, gates, gemma, memory, names, pictures, prompts, qat, recipes, shards, table
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.manifest import BuildFacts, Manifest, Similarity, argument
 from gemma_gguf.resources import TEMPLATES
@@ -204,11 +204,7 @@ def reproduce_command(manifest: Manifest) -> str:
         argv.append(f"{model.repo}@{model.revision}" if model.revision else str(model.repo))
     else:
         argv += [f"./{model.model}", *(["--name", model.repo] if model.repo else [])]
-    if not manifest.stem.startswith(f"{model.org}_"):
-        argv += ["--naming", "model"]
-    argv += ["--llama-cpp", manifest.llama_cpp.source]
-    if model.left_out:
-        argv.append("--no-mmproj")
+    argv += [*_naming(manifest), "--llama-cpp", manifest.llama_cpp.source, *_form(manifest)]
     if manifest.llama_cpp.backend != "cpu":
         argv += ["--backend", manifest.llama_cpp.backend]
     made = {entry.recipe for entry in manifest.files if entry.kind == "model"} | set(manifest.recipes)
@@ -228,6 +224,25 @@ def reproduce_command(manifest: Manifest) -> str:
             argv += ["--calibration", manifest.calibration.name]
         argv += _after(imatrix.argv[0], "--chunks", "--chunks") + _after(imatrix.argv[0], "-ngl", "--gpu-layers")
     return shlex.join(argv)
+
+
+def _naming(manifest: Manifest) -> list[str]:
+    """What else it takes to have the files of this set begin with its stem."""
+    model, stem = manifest.model, manifest.stem
+    if stem == names.strip(model.model):
+        return ["--naming", "model"]
+    if model.origin != "hub" or stem == names.stem(model.org, model.model):
+        return []
+    called = stem.replace("_", "/", 1)
+    return ["--name", called] if "/" in called else ["--name", f"{model.org}/{called}", "--naming", "model"]
+
+
+def _form(manifest: Manifest) -> list[str]:
+    """What the set leaves out, and how large a file of it can be."""
+    argv = ["--no-mmproj"] if manifest.model.left_out else []
+    if manifest.split_max_size != shards.DEFAULT_LIMIT:
+        argv += ["--split-max-size", f"{manifest.split_max_size // shards.MEGABYTE}MB"]
+    return argv
 
 
 def _decisions(manifest: Manifest) -> list[str]:
@@ -368,7 +383,8 @@ def context(manifest: Manifest, language: str = "en", words: gettext.NullTransla
         "unseen_experts": _unseen_experts(manifest),
         "held": sorted(gates.verdicts(manifest)),
         "is_beaten_pick": picked is not None and table.beaten_by(picked, manifest) is not None,
-        "splits": [entry for entry in models if "/" in entry.name],
+        "links": {entry.name: table.name_and_link(entry, manifest)[1] for entry in manifest.files},
+        "splits": [entry for entry in models if entry.shards],
         "mmproj": table.projector(manifest),
         "large": large,
         "large_equal": [entry for entry in large if not entry.differs],

@@ -38,6 +38,7 @@ from gemma_gguf import (
     refresh,
     session,
     settings,
+    shards,
     source,
     survey,
 )
@@ -90,6 +91,12 @@ def _loaded() -> settings.Loaded:
     """The settings of the command that is running."""
     loaded: settings.Loaded = click.get_current_context().meta[_SETTINGS]
     return loaded
+
+
+def _whole_megabytes(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if (reason := shards.wrong_limit(value)) is not None:
+        raise click.BadParameter(reason, ctx, param)
+    return value
 
 
 def _console(ctx: click.Context) -> Console:
@@ -279,6 +286,15 @@ _set_options = _with_options(
         "--disk-budget", type=_Size(), metavar="SIZE", help="Use no more than this for new files, e.g. 200GB."
     ),
     click.option(
+        "--split-max-size",
+        type=_Size(),
+        callback=_whole_megabytes,
+        default=shards.DEFAULT_LIMIT,
+        show_default="50GB",
+        metavar="SIZE",
+        help="A file with more bytes of tensors becomes a folder of shards of at most this, as llama-gguf-split cuts.",
+    ),
+    click.option(
         "--proof/--no-proof",
         default=True,
         show_default=True,
@@ -365,6 +381,7 @@ def _options(given: Mapping[str, Any], until: str) -> Options:
         scheduler=given["scheduler"],
         disk_budget=given["disk_budget"],
         allow_mismatch=given["allow_mismatch"],
+        split_max_size=given["split_max_size"],
         proof=given["proof"],
         evaluate=given.get("evaluate", True),
         eval_chunks=given.get("eval_chunks"),

@@ -137,11 +137,12 @@ class Console:
                 f"{row.n_bytes:,}" if planned.exact else "",
                 f"{row.bpw:.2f}",
                 "" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s",
+                str(row.shards or 1),
                 ", ".join(f"{n} {kind}" for kind, n in row.types.items()),
             )
             for row in planned.files
         ]
-        self.table(("Recipe", "Size", "Bytes", "bpw", "CPU", "Tensors"), rows, right=(1, 2, 3, 4))
+        self.table(("Recipe", "Size", "Bytes", "bpw", "CPU", "Files", "Tensors"), rows, right=(1, 2, 3, 4, 5))
         self._err.print(f"Sizes and times from: {planned.basis}")
         if planned.asked_seconds is not None and planned.distinct_seconds is not None:
             self._err.print(

@@ -28,6 +28,7 @@ from gemma_gguf import (
     quantize,
     recipes,
     session,
+    shards,
     source,
     stale,
     tasks,
@@ -48,9 +49,13 @@ COMPARED_BYTES = 1 << 26  # of two bases at a time
 
 @dataclass
 class Seen:
-    """What was found out about a set, and what carrying it out needs."""
+    """What was found out about a set, and what carrying it out needs.
+
+    Files have the names they had: another number of shards gives a file another.
+    """
 
     decisions: dict[str, FileDecision]
+    rows: dict[str, str]  # {file name: recipe} of the model files
     checkpoint: source.Source | None = None
     converted: dict[str, convert.Converted] = field(default_factory=dict)  # again, by final name
     converted_by: ConverterFacts | None = None  # when the checkpoint was converted again, whatever came of it
@@ -65,16 +70,18 @@ def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> 
     `model` names its checkpoint where it is not found by itself; `scratch` is for files that are only compared.
     """
     checkpoint, why_not = _checkpoint(state, model)
-    seen = Seen({}, checkpoint)
+    seen = Seen({}, {entry.name: entry.recipe for entry in state.manifest.files if entry.recipe}, checkpoint)
     conversion = _conversion(state, seen, why_not, scratch)
     base_file = convert.base_name(state.stem)
     quants: list[FileEntry] = []
     for entry in state.manifest.files:
         problem = problem_with(state, entry)
-        if entry.name in seen.converted and problem is not None:  # there was nothing to compare it with
+        is_base = entry.kind == "model" and entry.as_recipe().is_base
+        final = base_file if is_base else entry.name
+        if final in seen.converted and problem is not None:  # there was nothing to compare it with
             seen.decisions[entry.name] = stale.remake(problem)
-        elif entry.kind == "mmproj" or (entry.name == base_file and problem is None):
-            seen.decisions[entry.name] = stale.decide_converted(entry.name, conversion)
+        elif entry.kind == "mmproj" or (is_base and problem is None):
+            seen.decisions[entry.name] = stale.decide_converted(final, conversion)
         elif problem is not None and (entry.remote or entry.kind == "imatrix" or conversion.missing is not None):
             seen.decisions[entry.name] = stale.unknown("; ".join(filter(None, (problem, conversion.missing))))
         elif problem is not None:
@@ -111,13 +118,15 @@ def _take_up(state: Run, seen: Seen) -> None:
 
 
 def problem_with(state: Run, entry: FileEntry) -> str | None:
-    path = state.set_dir / entry.name
-    if entry.remote is not None and not path.is_file():
+    """Why a file, or a folder of shards, must be made again whatever the build; None when it is the recorded one."""
+    if entry.remote is not None and not entry.is_there(state.set_dir):
         return f"the file is in {entry.remote.repo}, not on this disk"
-    if not path.is_file():
-        return "the file is missing"
-    if state.memory.sha256(path) != entry.sha256:
-        return f"the file is not the one that {manifest.FILE_NAME} names"
+    if not entry.is_there(state.set_dir):
+        return "a shard is missing" if entry.shards else "the file is missing"
+    if not session.is_whole(state.memory, state.set_dir, entry):
+        return f"{'a shard' if entry.shards else 'the file'} is not the one that {manifest.FILE_NAME} names"
+    if entry.kind == "model" and not session.is_cut_at(state.set_dir, entry, state.options.split_max_size):
+        return "it is cut at another split limit than the set's"
     return None
 
 
@@ -215,9 +224,12 @@ def _why_convert(state: Run, seen: Seen) -> list[str]:
 
 
 def _whole_base(state: Run) -> Path | None:
-    """The base, or the bf16 row, which is the same file, if it is the recorded one."""
+    """The base, or the bf16 row, which is the same file, if it is the recorded one; of shards it is put together."""
     stage = state.manifest.stages.get("convert")
     recorded = stage.outputs.get(f"{WORK}/{state.base.name}") if stage is not None else None
+    row = state.manifest.made("bf16")
+    if row is not None and row.sha256 == recorded and session.is_whole(state.memory, state.set_dir, row):
+        session.join_base(state.set_dir, state.manifest, state.base)
     for path in session.base_places(state.set_dir, state.work, state.stem):
         if path.is_file() and state.memory.sha256(path) == recorded:
             return path
@@ -274,8 +286,8 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
     made = [seen.recipes[entry.name] for entry in entries]
     plans = planning.plans_for(state, made, base, given)
     expected = planning.outputs_of(state, base, made, plans, given)
-    held = {entry.name: gguf_io.read_header(state.set_dir / entry.name) for entry in entries}
-    retyped = {entry.name: _retyped(plans[str(entry.recipe)], held[entry.name]) for entry in entries}
+    held = {entry.name: shards.read([state.set_dir / part.name for part in entry.parts]) for entry in entries}
+    retyped = {entry.name: _retyped(plans[str(entry.recipe)], shards.joined(held[entry.name])) for entry in entries}
     seen.outputs = dict(zip((entry.name for entry in entries), expected, strict=True))
     planned_alike = [name for name, tensors in retyped.items() if not tensors]
     rows = _sample(
@@ -295,10 +307,10 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
         types = _quantised_types(output.plan)
         other, unhashed = _other_quantisers(state, entry, types)
         keys: tuple[str, ...] = ()
-        if not is_head(held[entry.name], output.header.data):
+        if not has_heads(held[entry.name], output):
             values = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
-            wanted = gguf_io.derived_keys(base, values, fanout.REMOVED_KEYS)
-            keys = gguf_io.differing_keys(held[entry.name].written_again, wanted) or tuple(wanted)
+            wanted = gguf_io.derived_keys(base, values, shards.KEYS)
+            keys = gguf_io.differing_keys(_own_keys(held[entry.name][0]), wanted) or tuple(wanted)
         differing, n_rows = rows.get(entry.name, ((), 0))
         seen.decisions[entry.name] = stale.decide_quant(
             stale.Quant(
@@ -353,6 +365,17 @@ def _other_quantisers(
     return tuple(sorted(name for name in types if name in old and old[name] != new[name])), unhashed
 
 
+def has_heads(held: Sequence[Header], output: fanout.Output) -> bool:
+    """Whether a file, or each of its shards, begins with just the bytes that the build would write."""
+    wanted = [header.data for _, header in output.parts]
+    return len(held) == len(wanted) and all(map(is_head, held, wanted))
+
+
+def _own_keys(first: Header) -> dict[str, bytes]:
+    """The keys of a file, or of a first shard without those that tell of the cut."""
+    return {name: data for name, data in first.written_again.items() if name not in shards.KEYS}
+
+
 def is_head(held: Header, expected: bytes) -> bool:
     with held.path.open("rb") as file:
         return held.data_start == len(expected) and file.read(len(expected)) == expected
@@ -366,13 +389,21 @@ def sampled_rows(n_rows: int, rows_per_expert: int) -> tuple[int, ...]:
     return tuple(expert * rows_per_expert + row for expert in chosen for row in inside)
 
 
+def _in_place(output: fanout.Output, held: Sequence[Header]) -> fanout.Output:
+    """Where the tensors of a finished file, or of its shards, are: for a job that only reads."""
+    parts = [gguf_io.NewHeader(b"", tuple(t.offset for t in part.tensors), part.file_size) for part in held]
+    if len(parts) == 1:
+        return replace(output, partial=held[0].path, header=parts[0], shards=())
+    return replace(output, partial=held[0].path.parent, shards=tuple(parts))
+
+
 def _sample(
     state: Run,
     base: Header,
     names: Sequence[str],
     *,
     outputs: Mapping[str, fanout.Output],
-    held: Mapping[str, Header],
+    held: Mapping[str, Sequence[Header]],
     changed: set[str],
     given: Path,
     scratch: Path,
@@ -383,14 +414,7 @@ def _sample(
     """
     if not names:
         return {}
-    as_they_are = [
-        replace(
-            outputs[name],
-            partial=held[name].path,
-            header=gguf_io.NewHeader(b"", tuple(t.offset for t in held[name].tensors), held[name].file_size),
-        )
-        for name in names
-    ]
+    as_they_are = [_in_place(outputs[name], held[name]) for name in names]
     job = fanout.build_job(
         base,
         as_they_are,
@@ -401,6 +425,7 @@ def _sample(
     )
     tensors = job["tensors"]
     job_path = scratch / "rows.json"
+    name_of = {outputs[name].recipe: name for name in names}
     text = json.dumps({**job, "tasks": []})
     write_atomic(job_path, text)
     differing: dict[str, list[str]] = {name: [] for name in names}
@@ -419,7 +444,7 @@ def _sample(
             for done, answer in enumerate(answers):
                 state.progress("quantising sampled rows again", done, len(answers), "tensors")
                 for output in answer.result().differing:
-                    differing[names[output]].append(tensors[answer.result().tensor]["name"])
+                    differing[name_of[job["recipes"][output]]].append(tensors[answer.result().tensor]["name"])
     except BrokenProcessPool as error:
         crashed = tasks.clear_slots(scratch)
         at = f" at {crashed[0]}" if crashed else ""

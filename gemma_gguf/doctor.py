@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from gemma_gguf import plan
+from gemma_gguf import plan, shards
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError
 from gemma_gguf.evaluate import FREE_RESERVE
 from gemma_gguf.recipes import Recipe
@@ -216,10 +216,13 @@ def disk_needs(
     held: int,
     proves: bool,
     eval_bytes: int = 0,
+    cuts_base: bool = False,
+    split_max_size: int = shards.DEFAULT_LIMIT,
 ) -> tuple[Need, ...]:
     """What each stage adds. `copied_base` are the bytes of a base given on another file system, `makes` the recipes
     whose files are not there yet, `held` the bytes that unfinished files have already, `eval_bytes` those of the base's
-    distributions where they are kept.
+    distributions where they are kept. `cuts_base`: the bf16 row is still to be made, which is cut where the base is
+    over the split limit, and so is what the proof compares with.
     """
     needs = []
     if not built:
@@ -237,12 +240,16 @@ def disk_needs(
         needs.append(Need("convert", "out", convert, convert))
     if makes_imatrix:
         needs.append(Need("imatrix", "out", 0, int(IMATRIX_SHARE * base)))
+    if cuts_base and base > split_max_size:
+        needs.append(Need("bf16 shards", "out", base, base))
     sizes = [quant_bytes(recipe, model) for recipe in makes]
     if sizes:
         low, high = (max(0, sum(size) - held) for size in zip(*sizes, strict=True))
         needs.append(Need("quantize", "out", low, high))
         if proves:
-            needs.append(Need("proof", "out", min(low for low, _ in sizes), max(high for _, high in sizes)))
+            low, high = min(low for low, _ in sizes), max(high for _, high in sizes)
+            low, high = (n * (2 if n > split_max_size else 1) for n in (low, high))
+            needs.append(Need("proof", "out", low, high))
     if eval_bytes:
         needs.append(Need("evaluate", "out", 0, eval_bytes))
     return tuple(needs)

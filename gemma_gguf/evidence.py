@@ -21,7 +21,7 @@ from gemma_gguf.files import HashMemory, sha256_json
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import Evidence, Failed, FileEntry, Manifest, Quality, Similarity, Speed, StageRecord
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.session import WORK, Done, Run, base_places, open_work
+from gemma_gguf.session import WORK, Done, Run, base_places, is_whole, open_work
 
 M = TypeVar("M", Quality, Similarity)
 M_co = TypeVar("M_co", Quality, Similarity, covariant=True)
@@ -194,9 +194,9 @@ def _present(these: _Set) -> list[FileEntry]:
     for entry in these.manifest.files:
         path = these.directory / entry.name
         must_be_there = these.whole and entry.state == "local"
-        if entry.kind != "model" or not (must_be_there or path.is_file()):
+        if entry.kind != "model" or not (must_be_there or entry.is_there(these.directory)):
             continue
-        if not path.is_file() or these.memory.sha256(path) != entry.sha256:
+        if not is_whole(these.memory, these.directory, entry):
             raise VerificationError(
                 f"{path} is not the file that {manifest.FILE_NAME} names",
                 next_step="Make it again with: gemma-gguf run MODEL",
@@ -225,6 +225,9 @@ def _base(these: _Set, present: Sequence[FileEntry], reference: str | None) -> t
         return these.directory / wanted.name, wanted.sha256
     places = base_places(these.directory, these.work, these.manifest.stem)
     path = next((path for path in places if path.is_file()), None)
+    cut = next((entry for entry in present if entry.recipe == "bf16" and entry.shards), None)
+    if path is None and cut is not None:
+        return these.directory / cut.name, cut.sha256
     if path is None:
         raise BadInputError(
             f"{these.directory} has no base to compare with",

@@ -76,6 +76,7 @@ from gemma_gguf.session import (
     Run,
     calibration_text,
     fitted,
+    join_base,
     new_entry,
     open_run,
     plan_recipe,
@@ -180,6 +181,8 @@ def _convert(state: Run) -> None:
     # The work directory can be deleted at any time: the bf16 row is the same file.
     if not state.base.exists() and bf16_row.exists() and record is not None and record.key == key:
         link_or_copy(bf16_row, state.base)
+    elif record is not None and record.key == key:
+        join_base(state.set_dir, state.manifest, state.base)
     if (why := stage_is_done(state, "convert", key)) is not None:
         state.did(Done("convert", "base", False, why, 0.0, state.base.stat().st_size))
         return
@@ -626,13 +629,13 @@ def _take_away(state: Run, finished: Sequence[Path]) -> None:
         return
     if state.options.until in ("evaluate", "card"):
         _evaluate(state)
-    for path in finished:
+    for path in finished:  # of shards the first
         place = state.take_away(path)
         entry = state.manifest.file(path.relative_to(state.set_dir).as_posix())
         if place is not None and entry is not None:
             # Recorded first: a file that is in neither place would be made again.
             state.record(state.manifest.with_file(entry.model_copy(update={"state": "remote", "remote": place})))
-            path.unlink()
+            entry.remove(state.set_dir)
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------------

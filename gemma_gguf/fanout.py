@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 import uuid
 from collections import Counter
@@ -27,9 +28,19 @@ from typing import Any, TypeVar
 
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
-from gemma_gguf import gguf_io, tasks
+from gemma_gguf import gguf_io, shards, tasks
 from gemma_gguf.errors import BadInputError, DiskError, GemmaGGUFError, MissingToolError, ToolFailedError
-from gemma_gguf.files import append_line, fsync, preallocate, sha256_bytes, write_at, write_atomic
+from gemma_gguf.files import (
+    PARTIAL,
+    append_line,
+    fsync,
+    partial_folder,
+    partial_path,
+    preallocate,
+    sha256_bytes,
+    write_at,
+    write_atomic,
+)
 from gemma_gguf.gguf_io import Header, NewHeader, n_bytes_of
 from gemma_gguf.libggml import Kernels
 from gemma_gguf.plan import FilePlan
@@ -49,18 +60,46 @@ MAX_MEMORY = 3_000_000_000  # of all workers together, whatever the model's size
 SYNC_SECONDS = 60.0
 DASK_SECONDS = 10  # to wait for a scheduler
 RESTARTS = 3  # of the pool when a worker was killed from outside
-REMOVED_KEYS = ("split.no", "split.count", "split.tensors.count")  # by llama-quantize, from a base's own
 COPY_SPEED = 1e9  # elements per second that copied tensors count for in estimates
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file to be made: which recipe, where it is written, its header and its plan."""
+    """One file to be made: which recipe, where it is written, its header and its plan.
+
+    With the headers of `shards` it is a folder of them instead: `partial` is that folder, and `header` that of the
+    whole file, which nothing writes.
+    """
 
     recipe: str
     partial: Path
     header: NewHeader
     plan: FilePlan
+    shards: tuple[NewHeader, ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[Path, NewHeader]]:
+        """(path, header) of each file on the disk."""
+        prefix = self.partial.name.removesuffix(PARTIAL)
+        names = [shards.name(prefix, number, len(self.shards)) for number in range(len(self.shards))]
+        listed = [(self.partial / name, header) for name, header in zip(names, self.shards, strict=True)]
+        return listed or [(self.partial, self.header)]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(number of the part, offset in it) of every tensor, in the order of the plan."""
+        return [(number, offset) for number, (_, header) in enumerate(self.parts) for offset in header.offsets]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(header.file_size for _, header in self.parts)
+
+    def remove(self) -> None:
+        """Delete what was written of it."""
+        if self.shards:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        else:
+            self.partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -102,6 +141,23 @@ def _cut(text: str) -> str:
     return text.encode()[:127].decode("utf-8", errors="ignore")
 
 
+def new_output(
+    base: Header, plan: FilePlan, keys: Sequence[tuple[str, int | str]], final: Path, *, work: Path, limit: int
+) -> Output:
+    """The file `final`, written below `work` until it is whole; of more than `limit` bytes of tensors it is a folder.
+
+    Raises `BadInputError` as `new_header` and `shards.counts` do.
+    """
+    header = new_header(base, plan, keys)
+    if header.file_size <= limit:
+        return Output(plan.recipe, partial_path(final, work), header, plan)
+    rows = [(t.name, t.shape, t.target) for t in plan.tensors]
+    parts = shards.headers(gguf_io.derived_keys(base, keys, shards.KEYS).values(), rows, limit)
+    if len(parts) == 1:
+        return Output(plan.recipe, partial_path(final, work), header, plan)
+    return Output(plan.recipe, partial_folder(final.with_suffix(""), work), header, plan, tuple(parts))
+
+
 def new_header(base: Header, plan: FilePlan, keys: Sequence[tuple[str, int | str]]) -> NewHeader:
     """The header of one file. Raises `BadInputError` for a base whose alignment is not ggml's default."""
     if base.alignment != GGUF_DEFAULT_ALIGNMENT:
@@ -110,7 +166,7 @@ def new_header(base: Header, plan: FilePlan, keys: Sequence[tuple[str, int | str
             next_step="Use --engine llama-quantize.",
         )
     rows = [(t.name, t.shape, t.target) for t in plan.tensors]
-    return gguf_io.derived_header(base, rows, keys, removed=REMOVED_KEYS)
+    return gguf_io.derived_header(base, rows, keys, removed=shards.KEYS)
 
 
 def build_job(
@@ -137,6 +193,9 @@ def build_job(
             raise ToolFailedError(f"llama-quantize plans {output.recipe} in another tensor order than the rest")
     # Where there is no data, files with and without the imatrix hold the same bytes.
     weighted = set(gguf_io.read_header(imatrix).by_name) if imatrix is not None else set()
+    parts = [(output, path, header) for output in outputs for path, header in output.parts]
+    first_part = [sum(len(other.parts) for other in outputs[:index]) for index in range(len(outputs))]
+    places_of = [output.places for output in outputs]
     tensors: list[dict[str, Any]] = []
     for position, name in enumerate(order):
         info = base.by_name[name]
@@ -144,7 +203,8 @@ def build_job(
         for index, output in enumerate(outputs):
             planned = output.plan.tensors[position]
             static = output.plan.static and planned.is_quantized and f"{name}.in_sum2" in weighted
-            targets.setdefault((planned.target, static), []).append([index, output.header.offsets[position]])
+            part, offset = places_of[index][position]
+            targets.setdefault((planned.target, static), []).append([first_part[index] + part, offset])
         columns = info.shape[0]
         tensors.append(
             {
@@ -160,7 +220,7 @@ def build_job(
                         "type": kind.name,
                         "static": static,
                         "row_bytes": n_bytes_of(kind, columns),
-                        "phase": min(phase_of[outputs[index].recipe] for index, _ in places),
+                        "phase": min(phase_of[parts[index][0].recipe] for index, _ in places),
                         "places": places,
                     }
                     for (kind, static), places in targets.items()
@@ -174,9 +234,9 @@ def build_job(
         "bin_dir": str(bin_dir),
         "kernels": kernels.document() if kernels else None,
         "block": SHARED_BLOCK if shared else 0,
-        "recipes": [output.recipe for output in outputs],
-        "outputs": [str(output.partial) for output in outputs],
-        "sizes": [output.header.file_size for output in outputs],
+        "recipes": [output.recipe for output, _, _ in parts],  # of each part: a recipe has one, or its shards
+        "outputs": [str(path) for _, path, _ in parts],
+        "sizes": [header.file_size for _, _, header in parts],
         "tensors": tensors,
         "tasks": _cut_tasks(tensors, task_elements),
     }
@@ -330,18 +390,17 @@ def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tu
     with contextlib.suppress(OSError, ValueError, KeyError):
         old = load_job(job_path)
     if old is not None and _continues(old, job):
-        wanted = {output.recipe: output for output in outputs}
+        wanted = {str(path): header for output in outputs for path, header in output.parts}
         done = journal.done()
         skip: set[int] = set()
         gone: set[int] = set()
-        for index, recipe in enumerate(old["recipes"]):
-            path = Path(old["outputs"][index])
-            if recipe not in wanted:
+        for index, path in enumerate(map(Path, old["outputs"])):
+            if str(path) not in wanted:
                 skip.add(index)
                 path.unlink(missing_ok=True)
             elif not path.is_file() or path.stat().st_size != old["sizes"][index]:
                 gone |= _tasks_of(old, index)
-                _reserve(wanted[recipe])
+                _reserve(path, wanted[str(path)])
         if done - gone:
             journal.begin(fresh=False)
             journal.forget(sorted(done & gone))
@@ -351,31 +410,35 @@ def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tu
     job = {**job, "nonce": uuid.uuid4().hex}
     write_atomic(_tasks_path(job_path), json.dumps(job.pop("tasks")))
     write_atomic(job_path, json.dumps(job))
+    for path in map(Path, old["outputs"] if old is not None else []):
+        if path.is_relative_to(job_dir.parent):  # the job of a copied directory names files of the original
+            path.unlink(missing_ok=True)
     try:
         for output in outputs:
-            _reserve(output)
+            output.remove()  # a folder of other shards must not add its own to these
+            for path, header in output.parts:
+                _reserve(path, header)
     except DiskError:
         for output in outputs:
-            output.partial.unlink(missing_ok=True)
+            output.remove()
         raise
     journal.begin(fresh=True)
     return job_path, set(), set()
 
 
-def _reserve(output: Output) -> None:
+def _reserve(path: Path, header: NewHeader) -> None:
     """A file of the final size with its header, in an inode of its own."""
-    output.partial.unlink(missing_ok=True)
-    preallocate(output.partial, output.header.file_size)
-    write_at(output.partial, output.header.data, 0)
+    path.unlink(missing_ok=True)
+    preallocate(path, header.file_size)
+    write_at(path, header.data, 0)
 
 
 def _continues(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether `old` reads and writes in the places of `new`, and includes all of its outputs."""
     fields = ("inputs", "base", "imatrix", "bin_dir", "kernels", "block")
     same = all(old.get(field) == new[field] for field in fields)
-    return same and set(zip(new["recipes"], new["outputs"], strict=True)) <= set(
-        zip(old["recipes"], old["outputs"], strict=True)
-    )
+    made = [set(zip(job["recipes"], job["outputs"], job["sizes"], strict=True)) for job in (new, old)]
+    return same and made[0] <= made[1]
 
 
 def _phases_of(job: Mapping[str, Any], output: int) -> set[int]:
@@ -546,9 +609,15 @@ class _State:
         self.finishing: list[Future[None]] = []
         self.flushing: Future[None] | None = None
         self.open = {index: None for index in range(len(job["tasks"])) if index not in done}
-        self.unfinished = set(range(len(job["outputs"]))) - skip
-        # An output is whole when every task of every phase that writes to it is done.
-        self.phases_of = {index: _phases_of(job, index) for index in self.unfinished}
+        # A recipe is whole when every task of every phase that writes to one of its parts is done.
+        self.parts_of: dict[str, list[int]] = {}
+        for index, recipe in enumerate(job["recipes"]):
+            if index not in skip:
+                self.parts_of.setdefault(recipe, []).append(index)
+        self.unfinished = list(self.parts_of)
+        self.phases_of = {
+            recipe: set().union(*(_phases_of(job, index) for index in parts)) for recipe, parts in self.parts_of.items()
+        }
         self.open_in_phase = Counter(job["tasks"][index]["phase"] for index in self.open)
         self.total = sum(costs)
         self.done_cost = sum(costs[index] for index in done)
@@ -557,15 +626,15 @@ class _State:
         self.synced = self.started
 
     def finish_outputs(self) -> None:
-        """Hand over every output that no open task writes to."""
-        whole = [i for i in sorted(self.unfinished) if not any(self.open_in_phase[p] for p in self.phases_of[i])]
-        for index in whole:
-            self.unfinished.remove(index)
-            self.finishing.append(self.finisher.submit(self._finish, index))
+        """Hand over every recipe whose files no open task writes to."""
+        whole = [name for name in self.unfinished if not any(self.open_in_phase[p] for p in self.phases_of[name])]
+        for recipe in whole:
+            self.unfinished.remove(recipe)
+            self.finishing.append(self.finisher.submit(self._finish, recipe))
 
-    def _finish(self, index: int) -> None:
-        self.journal.flush([Path(self.job["outputs"][index])])
-        self.on_output(self.job["recipes"][index])
+    def _finish(self, recipe: str) -> None:
+        self.journal.flush([Path(self.job["outputs"][index]) for index in self.parts_of[recipe]])
+        self.on_output(recipe)
 
     def sync(self) -> None:
         """Flush what the workers wrote, beside their work. Outputs that have their final name were flushed before."""

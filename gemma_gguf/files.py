@@ -34,6 +34,11 @@ def partial_path(final: Path, directory: Path | None = None) -> Path:
     return (directory or final.parent) / f"{final.stem}{PARTIAL}{final.suffix}"
 
 
+def partial_folder(final: Path, directory: Path) -> Path:
+    """Where the files of the folder `final` are written until all are whole; they have their names already."""
+    return directory / f"{final.name}{PARTIAL}"
+
+
 def is_file(path: Path) -> bool:
     """`Path.is_file`, also for names that no file system takes."""
     try:
@@ -147,6 +152,25 @@ def replace_durably(partial: Path, final: Path) -> None:
     with _disk_errors(final):
         system.replace(partial, final)
     fsync(final.parent)
+
+
+def replace_folder_durably(partial: Path, final: Path) -> None:
+    """Give a finished folder of files its final name, all at once: a reader sees the whole old folder or the new one,
+    or for a moment none, never a part.
+
+    A folder cannot be renamed over another, so an old one is first moved beside the partial one and deleted last.
+    """
+    for path in sorted(partial.iterdir()):
+        fsync(path)
+    fsync(partial)
+    old = partial.with_name(f"{final.name}.old{PARTIAL}")
+    shutil.rmtree(old, ignore_errors=True)
+    with _disk_errors(final):
+        if final.exists():
+            system.replace(final, old)
+        system.replace(partial, final)
+    fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_stream(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
@@ -329,10 +353,17 @@ class HashMemory:
         self._known[str(path)] = [*mark, digest]
         return digest
 
+    def remember(self, path: Path, digest: str) -> None:
+        """The bytes of a file were read elsewhere, and this is their SHA-256."""
+        path = path.resolve()
+        stat = path.stat()
+        self._known[str(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, digest]
+
     def moved(self, old: Path, new: Path) -> None:
-        """A file that was hashed as `old` is now called `new`."""
-        if (entry := self._known.pop(str(old.resolve()), None)) is not None:
-            self._known[str(new.resolve())] = entry
+        """A file that was hashed as `old`, or a folder of such files, is now called `new`."""
+        was, now = str(old.resolve()), str(new.resolve())
+        for path in [path for path in self._known if path == was or path.startswith(f"{was}{os.sep}")]:
+            self._known[now + path.removeprefix(was)] = self._known.pop(path)
 
     def save(self) -> None:
         """Write the memory back; entries whose file is gone are dropped."""

@@ -396,43 +396,58 @@ class NewHeader:
     file_size: int
 
 
+def derived_keys(
+    base: Header, values: Sequence[tuple[str, int | str]], removed: Collection[str] = ()
+) -> dict[str, bytes]:
+    """{key: its bytes} of a file that llama.cpp makes from `base`, in order: those of the base, then `values`.
+
+    A key set anew moves to the end, as ggml's `gguf_set_val_*` does; integers become UINT32. ggml keeps strings as C
+    strings, so array elements end at their first NUL. Source: `gguf_set_kv` in ggml/src/gguf.cpp.
+    """
+    gone = {*removed, *(name for name, _ in values)}
+    keys = {name: base.written_again[name] for name in base.keys if name not in gone}
+    for name, value in values:
+        if isinstance(value, int):
+            keys[name] = integer_key(name, GGUFValueType.UINT32, value)
+        else:
+            keys[name] = _packed(name) + struct.pack("<I", GGUFValueType.STRING) + _packed(value)
+    return keys
+
+
+def integer_key(name: str, kind: GGUFValueType, value: int) -> bytes:
+    """A key that holds one integer, as it stands in a file."""
+    return _packed(name) + struct.pack("<I", kind) + struct.pack(_SCALARS[kind], value)
+
+
+def header_of(
+    keys: Collection[bytes], tensors: Sequence[tuple[str, tuple[int, ...], GGMLQuantizationType]]
+) -> NewHeader:
+    """The header llama.cpp writes for a file of these keys and tensors (name, shape, type): see `gguf_write_out`."""
+    out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(tensors), len(keys)))
+    for key in keys:
+        out += key
+    place, places = 0, []
+    for name, shape, ggml_type in tensors:
+        places.append(place)
+        out += _packed(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, ggml_type, place)
+        place += padded(n_bytes_of(ggml_type, math.prod(shape)))
+    out += bytes(-len(out) % GGUF_DEFAULT_ALIGNMENT)
+    return NewHeader(bytes(out), tuple(len(out) + place for place in places), len(out) + place)
+
+
+def padded(n_bytes: int) -> int:
+    """What the data of a tensor takes in a file of ggml's default alignment."""
+    return n_bytes + -n_bytes % int(GGUF_DEFAULT_ALIGNMENT)
+
+
 def derived_header(
     base: Header,
     tensors: Sequence[tuple[str, tuple[int, ...], GGMLQuantizationType]],
     values: Sequence[tuple[str, int | str]],
     removed: Collection[str] = (),
 ) -> NewHeader:
-    """The header llama.cpp writes for a file made from `base`: its keys in their order, then `values`, then a table.
-
-    A key set anew moves to the end, as ggml's `gguf_set_val_*` does; integers become UINT32. ggml keeps strings as C
-    strings, so array elements end at their first NUL. Source: `gguf_set_kv`, `gguf_write_out` in ggml/src/gguf.cpp.
-    """
-    keys = derived_keys(base, values, removed)
-    out = bytearray(struct.pack("<IIQQ", int.from_bytes(b"GGUF", "little"), 3, len(tensors), len(keys)))
-    for key in keys.values():
-        out += key
-    align = GGUF_DEFAULT_ALIGNMENT
-    place, places = 0, []
-    for name, shape, ggml_type in tensors:
-        places.append(place)
-        out += _packed(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, ggml_type, place)
-        place += -(-n_bytes_of(ggml_type, math.prod(shape)) // align) * align
-    out += bytes(-len(out) % align)
-    return NewHeader(bytes(out), tuple(len(out) + place for place in places), len(out) + place)
-
-
-def derived_keys(
-    base: Header, values: Sequence[tuple[str, int | str]], removed: Collection[str] = ()
-) -> dict[str, bytes]:
-    """{key: its bytes} of such a header, in order."""
-    gone = {*removed, *(name for name, _ in values)}
-    keys = {name: base.written_again[name] for name in base.keys if name not in gone}
-    for name, value in values:
-        if isinstance(value, int):
-            keys[name] = _packed(name) + struct.pack("<II", GGUFValueType.UINT32, value)
-        else:
-            keys[name] = _packed(name) + struct.pack("<I", GGUFValueType.STRING) + _packed(value)
-    return keys
+    """The header llama.cpp writes for a file made from `base`: `derived_keys`, then a table of `tensors`."""
+    return header_of(derived_keys(base, values, removed).values(), tensors)
 
 
 def differing_keys(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> tuple[str, ...]:

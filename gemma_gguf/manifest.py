@@ -6,6 +6,7 @@ that is not there and whole. All sizes are bytes, all times seconds, all hashes 
 relative to the set's directory. `README.md` describes the fields for readers.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,8 +186,16 @@ class RemotePlace(_Model):
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
+class Shard(_Model):
+    """One of the files that a large file is cut into, by llama.cpp's names."""
+
+    name: SetPath
+    n_bytes: Count
+    sha256: Sha256
+
+
 class FileEntry(_Model):
-    """One file of the set."""
+    """One file of the set, or a folder of shards: then `name` is that of the first, which llama.cpp is given."""
 
     name: SetPath
     kind: Literal["model", "mmproj", "imatrix"]
@@ -197,8 +206,9 @@ class FileEntry(_Model):
     static: bool  # made without the set's imatrix
     state: Literal["local", "remote"]  # `local` files are there and whole, `remote` ones need not be on this disk
     remote: RemotePlace | None  # of `remote` files
-    n_bytes: Count
-    sha256: Sha256
+    n_bytes: Count  # of all shards
+    sha256: Sha256  # of shards that of the whole file they were cut from: one model has one hash, whatever its form
+    shards: list[Shard]  # empty: one file
     bpw: float | None  # bits per weight, as llama.cpp counts: tensor data alone
     types: dict[str, Count]  # ggml type -> number of tensors
     fallbacks: dict[str, Count]  # "Q4_K -> Q5_0" -> number of tensors whose columns did not allow the wanted type
@@ -216,6 +226,35 @@ class FileEntry(_Model):
         if (self.state == "remote") != (self.remote is not None):
             raise PydanticCustomError("place", "remote files, and no others, should have a repository and a commit")
         return self
+
+    @model_validator(mode="after")
+    def _shards_are_its_own(self) -> "FileEntry":
+        folders = {shard.name.rpartition("/")[0] for shard in self.shards}
+        if self.shards and (
+            len(self.shards) < 2
+            or folders != {self.name.rpartition("/")[0]}
+            or self.shards[0].name != self.name
+            or sum(shard.n_bytes for shard in self.shards) != self.n_bytes
+        ):
+            raise PydanticCustomError("shards", "shards should be two or more of one folder, with these bytes together")
+        return self
+
+    @property
+    def parts(self) -> list[Shard]:
+        """What is on the disk: the shards, or the file itself."""
+        return self.shards or [Shard(name=self.name, n_bytes=self.n_bytes, sha256=self.sha256)]
+
+    def is_there(self, set_dir: Path) -> bool:
+        """Whether all of it is in the set's directory; what it holds is not looked at."""
+        return all((set_dir / part.name).is_file() for part in self.parts)
+
+    def remove(self, set_dir: Path) -> None:
+        """Delete it from the set's directory, its folder too."""
+        for part in self.parts:
+            (set_dir / part.name).unlink(missing_ok=True)
+        if self.shards:
+            with contextlib.suppress(OSError):  # somebody put a file of his own there
+                (set_dir / self.name).parent.rmdir()
 
     def as_recipe(self) -> Recipe:
         """How a model file was made, whatever the table or the user's settings say by now."""
@@ -512,6 +551,7 @@ class Manifest(_Model):
     stages: dict[str, StageRecord]
     recipes: list[RecipeName]  # what the last run was asked for: a row without a file is not made yet
     custom_recipes: list[CustomRecipe]  # those of `recipes` that are no rows of the package's table
+    split_max_size: Count  # bytes of tensors that one file may hold; a file with more is a folder of shards
     files: list[FileEntry]
     card: CardChoices
     qat: QatFacts | None  # None: an ordinary model
@@ -526,9 +566,17 @@ class Manifest(_Model):
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
 
+    def made(self, recipe: str) -> FileEntry | None:
+        """The file of a recipe, in whatever form."""
+        return next((entry for entry in self.files if entry.kind == "model" and entry.recipe == recipe), None)
+
     def with_file(self, entry: FileEntry) -> "Manifest":
-        """A copy that holds `entry` in the place of any older one of that name."""
-        return self.model_copy(update={"files": [*(f for f in self.files if f.name != entry.name), entry]})
+        """A copy that holds `entry` in the place of any older one of that name, or of that recipe."""
+
+        def is_older(other: FileEntry) -> bool:
+            return other.name == entry.name or (entry.kind == other.kind == "model" and other.recipe == entry.recipe)
+
+        return self.model_copy(update={"files": [*(f for f in self.files if not is_older(f)), entry]})
 
     def is_of_build(self, entry: FileEntry, key: str) -> bool:
         """Whether a build made this file, or was found to make just these bytes."""
@@ -633,6 +681,7 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         "quantisers": {},
         "refresh": None,
         "custom_recipes": [],
+        "split_max_size": 50_000_000_000,
         "qat": None,
         "pins": {},
         "parity": None,
@@ -650,6 +699,7 @@ def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
         "flags": list(row.flags) if row else [],
         "static": False,
         "remote": None,
+        "shards": [],
         **entry,
     }
 

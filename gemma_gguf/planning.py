@@ -20,14 +20,12 @@ from gemma_gguf import (
     plan,
     quantize,
     recipes,
+    shards,
     source,
     survey,
 )
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.files import (
-    copy,
-    partial_path,
-)
+from gemma_gguf.files import copy
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress, silent
 from gemma_gguf.recipes import Recipe
@@ -52,7 +50,10 @@ from gemma_gguf.session import (
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One row of a plan. `cpu_seconds` is what llama-quantize would take for it, None while nothing is known."""
+    """One row of a plan: a file, or a folder of `shards`.
+
+    `cpu_seconds` is what llama-quantize would take for it, None while nothing is known.
+    """
 
     recipe: str
     n_bytes: int
@@ -60,6 +61,7 @@ class PlannedFile:
     cpu_seconds: float | None
     types: dict[str, int]
     fallbacks: dict[str, int]
+    shards: int  # 0: one file
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,12 @@ def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     if name.origin == "hub" and options.base is None and not any(path.exists() for path in bases):
         # Nothing is downloaded or built for an estimate.
         n_parameters = source.count_hub_parameters(name)
-        return _estimate(
-            set_dir, known_recipes(options.recipes, options.custom), n_parameters, jobs, options.disk_budget
-        )
+        return _estimate(set_dir, known_recipes(options.recipes, options.custom), n_parameters, jobs, options)
     with open_run(options, name, progress, lambda _: None) as state:
         wanted = wanted_recipes(state)
         base = next((path for path in (options.base, *bases) if path is not None and path.exists()), None)
         if base is None:
-            return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options.disk_budget)
+            return _estimate(set_dir, wanted, state.source.facts.n_parameters, jobs, options)
         header = gguf_io.read_header(base)
         known = options.imatrix or state.set_dir / imatrix.file_name(state.stem)
         real = known if known.exists() else None
@@ -145,22 +145,24 @@ def _exact_plan(
     ggml = speeds_for(state, list(plans.values())) if plans else {}
     speeds = speeds_for(state, list(plans.values()), kernels_for(state)) if plans else {}
     if any(recipe.is_base for recipe in wanted):
-        rows.append(
-            PlannedFile("bf16", header.file_size, round(header.bits_per_weight, 4), 0.0, header.type_histogram(), {})
-        )
+        cut = base_shards(state, header)
+        n_bytes = sum(shard.file_size for shard in cut) or header.file_size
+        bits = round(header.bits_per_weight, 4)
+        rows.append(PlannedFile("bf16", n_bytes, bits, 0.0, header.type_histogram(), {}, len(cut)))
     for output in outputs:
         n_elements = sum(t.n_elements for t in output.plan.tensors)
         rows.append(
             PlannedFile(
                 recipe=output.recipe,
-                n_bytes=output.header.file_size,
+                n_bytes=output.n_bytes,
                 bpw=round(8 * sum(t.n_bytes for t in output.plan.tensors) / n_elements, 4),
                 cpu_seconds=round(plan.work_of([output.plan]).seconds(ggml)[0], 1),
                 types=dict(Counter(t.target.name for t in output.plan.tensors).most_common()),
                 fallbacks=output.plan.fallbacks,
+                shards=len(output.shards),
             )
         )
-    sizes = {output.recipe: output.header.file_size for output in outputs}
+    sizes = {output.recipe: output.n_bytes for output in outputs}
     budget = room_for(state, outputs)
     work = plan.work_of(plans.values())
     asked_seconds, distinct_seconds = work.seconds(ggml)[0], work.seconds(speeds)[1]
@@ -176,7 +178,7 @@ def _exact_plan(
         jobs=jobs,
         asked_seconds=round(asked_seconds, 1),
         distinct_seconds=round(distinct_seconds, 1),
-        peak_bytes=sum(sizes.values()) + _proof_bytes(state, sizes),
+        peak_bytes=sum(sizes.values()) + _proof_bytes(state, outputs) + cut_bytes(state, header, _missing(state)),
         budget_bytes=budget,
         waves=tuple(map(tuple, groups)),
     )
@@ -211,20 +213,34 @@ def outputs_of(
     for recipe in made:
         with_it = (None, None) if recipe.static else (given.name, imatrix_header)
         keys = fanout.quantize_keys(numbers[recipe.ftype], *with_it)
-        partial = partial_path(state.set_dir / file_name(state, recipe), state.work)
-        asked = plans[recipe.name]
-        outputs.append(fanout.Output(recipe.name, partial, fanout.new_header(header, asked, keys), asked))
+        final = state.set_dir / file_name(state, recipe)
+        limit = state.options.split_max_size
+        outputs.append(fanout.new_output(header, plans[recipe.name], keys, final, work=state.work, limit=limit))
     return outputs
 
 
-def _estimate(
-    set_dir: Path, wanted: Sequence[Recipe], n_parameters: int, jobs: int, disk_budget: int | None
-) -> SetPlan:
+def base_shards(state: Run, header: gguf_io.Header) -> list[gguf_io.NewHeader]:
+    """The shards that the bf16 row is cut into, none where it is one file and so a link to the base."""
+    return shards.of_whole(header, state.options.split_max_size)
+
+
+def cut_bytes(state: Run, header: gguf_io.Header, made: Sequence[Recipe]) -> int:
+    """What the bf16 row takes beside the base, if it is among the files to be made."""
+    return sum(shard.file_size for shard in base_shards(state, header)) if any(r.is_base for r in made) else 0
+
+
+def _missing(state: Run) -> list[Recipe]:
+    return [recipe for recipe in wanted_recipes(state) if not is_made(state.manifest, state.set_dir, recipe)]
+
+
+def _estimate(set_dir: Path, wanted: Sequence[Recipe], n_parameters: int, jobs: int, options: Options) -> SetPlan:
     """What can be said before there is a base: bits per weight of the type each recipe is named after."""
     rows = []
     for recipe in wanted:
         bits = plan.nominal_bits(recipe.ftype)
-        rows.append(PlannedFile(recipe.name, int(n_parameters * bits / 8), bits, None, {}, {}))
+        n_bytes = int(n_parameters * bits / 8)
+        n_shards = -(-n_bytes // options.split_max_size)
+        rows.append(PlannedFile(recipe.name, n_bytes, bits, None, {}, {}, n_shards if n_shards > 1 else 0))
     existing = next(path for path in (set_dir, *set_dir.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     return SetPlan(
@@ -236,14 +252,18 @@ def _estimate(
         asked_seconds=None,
         distinct_seconds=None,
         peak_bytes=sum(row.n_bytes for row in rows),
-        budget_bytes=free if disk_budget is None else min(free, disk_budget),
+        budget_bytes=free if options.disk_budget is None else min(free, options.disk_budget),
         waves=(),
     )
 
 
-def _proof_bytes(state: Run, sizes: Mapping[str, int]) -> int:
-    """What the file takes that is made twice to prove the rest, beside all of `sizes`."""
-    return sizes[recipes.for_proof(sizes)] if state.options.proves and sizes else 0
+def _proof_bytes(state: Run, outputs: Sequence[fanout.Output]) -> int:
+    """What the file takes that is made twice to prove the rest, beside all of `outputs`: whole, and cut if it is."""
+    if not state.options.proves or not outputs:
+        return 0
+    proven = recipes.for_proof({output.recipe: output.n_bytes for output in outputs})
+    (output,) = (output for output in outputs if output.recipe == proven)
+    return output.header.file_size + (output.n_bytes if output.shards else 0)
 
 
 def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str, float]) -> list[list[str]]:
@@ -251,8 +271,8 @@ def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str,
 
     Raises `BadInputError` when a single file does not fit.
     """
-    sizes = {output.recipe: output.header.file_size for output in outputs}
-    budget = room_for(state, outputs) - _proof_bytes(state, sizes)
+    sizes = {output.recipe: output.n_bytes for output in outputs}
+    budget = room_for(state, outputs) - _proof_bytes(state, outputs)
     if sum(sizes.values()) <= budget:
         return [list(sizes)]
     return plan.waves([output.plan for output in outputs], sizes, speeds, budget)
@@ -267,28 +287,26 @@ def refuse_before_imatrix(state: Run) -> None:
     final = state.set_dir / imatrix.file_name(state.stem)
     if final.exists() or state.take_away is not None:
         return
-    made = [
-        recipe
-        for recipe in wanted_recipes(state)
-        if not recipe.is_base and not is_made(state.manifest, state.set_dir / file_name(state, recipe))
-    ]
+    missing = _missing(state)
+    made = [recipe for recipe in missing if not recipe.is_base]
     if not made:
         return
     header = gguf_io.read_header(state.base)
     made = list(fitted(state, made, header))
     most = [doctor.quant_bytes(recipe, survey.model_of(header))[1] for recipe in made]
-    if sum(most) + max(most) <= room_for(state, []):
+    beside = cut_bytes(state, header, missing)
+    if sum(most) + 2 * max(most) + beside <= room_for(state, []):
         return
     with _imatrix_to_plan_with(state, header, state.options.imatrix) as given:
         plans = plans_for(state, made, header, given)
-        refuse_what_does_not_fit(state, outputs_of(state, header, made, plans, given))
+        refuse_what_does_not_fit(state, outputs_of(state, header, made, plans, given), beside)
 
 
-def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output]) -> None:
-    """The whole set must fit the disk, or the budget, before any work starts."""
-    sizes = {output.recipe: output.header.file_size for output in outputs}
+def refuse_what_does_not_fit(state: Run, outputs: Sequence[fanout.Output], beside: int = 0) -> None:
+    """The whole set must fit the disk, or the budget, before any work starts; `beside` are bytes of other new files."""
+    sizes = {output.recipe: output.n_bytes for output in outputs}
     budget = room_for(state, outputs)
-    spare = _proof_bytes(state, sizes)
+    spare = _proof_bytes(state, outputs) + beside
     total = sum(sizes.values()) + spare
     if total > budget:
         fit = plan.that_fit(sizes, budget - spare)

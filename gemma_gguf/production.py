@@ -4,6 +4,7 @@ Consumes a `Run` whose base and imatrix are there; produces files under their fi
 manifest, one at a time as they are finished. What is recorded with the same inputs, recipe and build is kept.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +24,19 @@ from gemma_gguf import (
     quantisers,
     quantize,
     recipes,
+    shards,
     verify,
 )
-from gemma_gguf.files import link_or_copy, partial_path, replace_durably, sha256_json
+from gemma_gguf.files import (
+    PARTIAL,
+    link_or_copy,
+    make_directory,
+    partial_folder,
+    partial_path,
+    replace_durably,
+    replace_folder_durably,
+    sha256_json,
+)
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.manifest import FileEntry
 from gemma_gguf.plan import FilePlan
@@ -35,6 +46,8 @@ from gemma_gguf.session import (
     Run,
     file_name,
     fitted,
+    is_cut_at,
+    is_whole,
     kernels_for,
     new_entry,
     plan_recipe,
@@ -58,22 +71,15 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     todo: list[tuple[Recipe, str, str]] = []
     kept: list[Path] = []
     for recipe in wanted:
-        name = file_name(state, recipe)
         key = quant_key(state, recipe, base_sha, imatrix_sha)
-        entry = state.manifest.file(name)
-        path = state.set_dir / name
-        if entry is not None and entry.key == key and entry.remote is not None:
-            why = f"inputs, recipe and build unchanged, file in {entry.remote.repo}"
-            state.did(Done("quantize", name, False, why, 0.0, entry.n_bytes))
-        elif entry is not None and entry.key == key and path.is_file() and state.memory.sha256(path) == entry.sha256:
-            why = "inputs, recipe and build unchanged, file whole"
-            state.did(Done("quantize", name, False, why, 0.0, entry.n_bytes))
-            kept += [] if recipe.is_base else [path]
-        else:
-            reason = "not made yet" if entry is None else "changed inputs, recipe or build"
-            if entry is not None and entry.key == key:
-                reason = "file missing or changed"
+        entry = state.manifest.made(recipe.name)
+        if (reason := _why_made(state, entry, key)) is not None:
             todo.append((recipe, key, reason))
+        elif entry is not None:
+            place = f"in {entry.remote.repo}" if entry.remote is not None else "whole"
+            why = f"inputs, recipe and build unchanged, file {place}"
+            state.did(Done("quantize", entry.name, False, why, 0.0, entry.n_bytes))
+            kept += [] if recipe.is_base or entry.remote is not None else [state.set_dir / entry.name]
     _drop_stale(state, base_sha, imatrix_sha, {recipe.name for recipe in wanted})
     plans: dict[str, FilePlan] = {}
     asked = select_recipes(state, [recipe.parent for recipe, _, _ in todo if recipe.parent])
@@ -82,10 +88,16 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
     for done, recipe in enumerate(sorted(to_plan, key=lambda recipe: recipe.name)):
         state.progress("planning", done, len(to_plan), "recipes")
         plans[recipe.name] = plan_recipe(state, recipe, header, with_imatrix=True)
+    made = [Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
+    final_imatrix = state.set_dir / imatrix.file_name(state.stem)
+    outputs = planning.outputs_of(state, header, [item.recipe for item in made], plans, final_imatrix)
+    if state.take_away is None:
+        planning.refuse_what_does_not_fit(
+            state, outputs, planning.cut_bytes(state, header, [recipe for recipe, _, _ in todo])
+        )
     for recipe, key, reason in todo:
         if recipe.is_base:
-            _link_base_row(state, recipe, key, reason)
-    made = [Todo(recipe, key, reason, plans) for recipe, key, reason in todo if not recipe.is_base]
+            _make_base_row(state, header, recipe, key, reason)
     if state.options.proves and (not made or (kept and state.take_away is not None)):
         proof.prove_run(state, again=False)
     if kept:
@@ -95,7 +107,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
         _hash_quantisers(state, [item.plan for item in made])
         changes = [[r.name, list(r.flags), r.static] for r in wanted if r != recipes.TABLE.get(r.name)]
         inputs = sha256_json([base_sha, imatrix_sha, state.build.key, changes])
-        for finished in _make(state, header, made, inputs):
+        for finished in _make(state, header, made, outputs, inputs):
             take_away(state, finished)
 
 
@@ -107,6 +119,19 @@ def _hash_quantisers(state: Run, plans: Sequence[FilePlan]) -> None:
     every = state.manifest.quantisers
     mine = dict(sorted({**every.get(state.build.key, {}), **mine}.items()))
     state.record(state.manifest.model_copy(update={"quantisers": {**every, state.build.key: mine}}))
+
+
+def _why_made(state: Run, entry: FileEntry | None, key: str) -> str | None:
+    """Why a quant is to be made; None when what the set has is right."""
+    if entry is None:
+        return "not made yet"
+    if entry.key != key:
+        return "changed inputs, recipe or build"
+    if entry.remote is not None:
+        return None
+    if not is_whole(state.memory, state.set_dir, entry):
+        return "file missing or changed"
+    return None if is_cut_at(state.set_dir, entry, state.options.split_max_size) else "another split limit"
 
 
 def quant_key(state: Run, recipe: Recipe, base_sha: str, imatrix_sha: str) -> str:
@@ -148,20 +173,15 @@ class Todo:
         return self.plans[self.recipe.name]
 
 
-def _make(state: Run, header: gguf_io.Header, made: Sequence[Todo], inputs: str) -> Iterator[list[Path]]:
+def _make(
+    state: Run, header: gguf_io.Header, made: Sequence[Todo], listed: Sequence[fanout.Output], inputs: str
+) -> Iterator[list[Path]]:
     """All quants, at once or in the waves in which someone takes them away; yields the files of each."""
-    listed = planning.outputs_of(
-        state, header, [item.recipe for item in made], made[0].plans, state.set_dir / imatrix.file_name(state.stem)
-    )
     outputs = {output.recipe: output for output in listed}
     using = _kernels(state) if state.options.engine == "fanout" else None
     speeds = speeds_for(state, [item.plan for item in made], using)
-    if state.take_away is None:
-        planning.refuse_what_does_not_fit(state, list(outputs.values()))
-        waves = [list(outputs)]
-    else:
-        waves = planning.waves_for(state, list(outputs.values()), speeds)
-    to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
+    waves = [list(outputs)] if state.take_away is None else planning.waves_for(state, listed, speeds)
+    to_prove = recipes.for_proof({output.recipe: output.n_bytes for output in listed})
     # What is taken away should have been proven before.
     waves.sort(key=lambda wave: to_prove not in wave)
     for wave in waves:
@@ -171,10 +191,11 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[Todo], inputs: str)
             _fan_out(state, header, items, parts, inputs=inputs, using=using, speeds=speeds)
         else:
             for item in items:
-                _loop_once(state, item)
+                _loop_once(state, item, outputs[item.recipe.name])
         if state.options.proves and to_prove in wave:
             proof.prove_run(state, again=True)
-        yield [state.set_dir / file_name(state, item.recipe) for item in items]
+        entries = [entry for item in items if (entry := state.manifest.made(item.recipe.name)) is not None]
+        yield [state.set_dir / entry.name for entry in entries]
 
 
 def _kernels(state: Run) -> Checked:
@@ -186,51 +207,89 @@ def _kernels(state: Run) -> Checked:
     return using
 
 
-def _link_base_row(state: Run, recipe: Recipe, key: str, why: str) -> None:
-    """The bf16 row is the converter's output as it is, so a link is enough."""
+def _make_base_row(state: Run, header: gguf_io.Header, recipe: Recipe, key: str, why: str) -> None:
+    """The bf16 row is the converter's output as it is: a link to it, or ranges of it where that is over the limit."""
     started = time.monotonic()
     final = state.set_dir / file_name(state, recipe)
-    checks = verify.check_file(state.base, None, build=state.build, text=probe_text(state), log=state.log)
-    link_or_copy(state.base, final)
+    cut = planning.base_shards(state, header)
+    path, argv = state.base, []
+    if cut:
+        path = partial_folder(final.with_suffix(""), state.work)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
+        targets = [path / shards.name(final.stem, number, len(cut)) for number in range(len(cut))]
+        state.progress(f"cutting {recipe.name}", 0, 1, "files")
+        shards.cut(header, cut, targets)
+        argv = quantize.split_argv(state.build, state.base.name, final.stem, state.options.split_max_size)
+    with removed_when_bad(path) if cut else contextlib.nullcontext():
+        checks = verify.check_file(path, None, build=state.build, text=probe_text(state), log=state.log)
+    if not cut:
+        link_or_copy(path, final)
     entry = new_entry(
-        state, final, kind="model", recipe=recipe, key=key, argv=[], seconds=0.0, checks=checks, engine="convert"
+        state,
+        path if cut else final,
+        kind="model",
+        recipe=recipe,
+        key=key,
+        argv=argv,
+        seconds=time.monotonic() - started if cut else 0.0,
+        checks=checks,
+        engine="convert",
     )
+    _name_and_record(state, entry, path if cut else None)
+    state.did(Done("quantize", entry.name, True, why, time.monotonic() - started, entry.n_bytes))
+
+
+def _name_and_record(state: Run, entry: FileEntry, partial: Path | None) -> None:
+    """Give a verified partial file, or folder of shards, its name; record it, and delete what it takes the place of.
+
+    `partial` None: it has its name.
+    """
+    older = state.manifest.made(str(entry.recipe))
+    final = (state.set_dir / entry.name).parent if entry.shards else state.set_dir / entry.name
+    if partial is not None:
+        (replace_folder_durably if entry.shards else replace_durably)(partial, final)
+        state.memory.moved(partial, final)
     state.record(state.manifest.with_file(entry))
-    state.did(Done("quantize", final.name, True, why, time.monotonic() - started, entry.n_bytes))
+    if older is not None and bool(older.shards) != bool(entry.shards):  # else it had the same name
+        older.remove(state.set_dir)
 
 
-def _loop_once(state: Run, item: Todo) -> None:
-    """Make one file with llama-quantize."""
+def _loop_once(state: Run, item: Todo, output: fanout.Output) -> None:
+    """Make one file with llama-quantize, and cut it with llama-gguf-split where it is over the limit."""
     partial = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
     argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, state.options.threads)
     run = quantize.run_llama_quantize(
         argv, f"quantising {item.recipe.name}", cwd=state.set_dir, log=state.log, progress=state.progress
     )
-    accept(state, item, partial, argv, run.seconds)
+    if output.shards:
+        output.remove()
+        make_directory(output.partial)
+        prefix = str(output.partial / output.partial.name.removesuffix(PARTIAL))
+        limit = state.options.split_max_size
+        llama_cpp.run_tool(quantize.split_argv(state.build, str(partial), prefix, limit), log=state.log)
+        partial.unlink()
+    accept(state, item, output.partial, argv, run.seconds)
 
 
 def accept(
     state: Run, item: Todo, partial: Path, argv: Sequence[str], seconds: float, *, stage: str = "quantize"
 ) -> None:
-    """Verify a finished partial file, give it its name, and record it."""
+    """Verify a finished partial file, or folder of shards, give it its name, and record it."""
     started = time.monotonic()
-    final = state.set_dir / file_name(state, item.recipe)
     with removed_when_bad(partial):
         checks = verify.check_file(partial, item.plan, build=state.build, text=probe_text(state), log=state.log)
     entry = new_entry(
         state, partial, kind="model", recipe=item.recipe, key=item.key, argv=argv, seconds=seconds, checks=checks
     ).model_copy(
         update={
-            "name": final.name,
+            **({} if partial.is_dir() else {"name": file_name(state, item.recipe)}),
             "fallbacks": item.plan.fallbacks,
             "differs": item.plan.differs_from(item.plans[item.recipe.parent]) if item.recipe.parent else [],
         }
     )
-    replace_durably(partial, final)
-    state.memory.moved(partial, final)
-    state.record(state.manifest.with_file(entry))
+    _name_and_record(state, entry, partial)
     took = seconds + time.monotonic() - started
-    state.did(Done(stage, final.name, True, item.why, took, entry.n_bytes))
+    state.did(Done(stage, entry.name, True, item.why, took, entry.n_bytes))
 
 
 def _fan_out(
@@ -268,7 +327,8 @@ def _fan_out(
 
     def accept_output(recipe: str) -> None:
         item, partial = by_recipe[recipe]
-        argv = proof.reference_argv(state.build, state.stem, item.recipe, partial, options.threads)
+        whole = partial_path(state.set_dir / file_name(state, item.recipe), state.work)
+        argv = proof.reference_argv(state.build, state.stem, item.recipe, whole, options.threads)
         accept(state, item, partial, argv, time.monotonic() - started)
 
     figures = fanout.run(

@@ -4,6 +4,7 @@ Consumes a finished set, produces verdicts; raises `VerificationError` for the f
 reference engine makes.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,20 @@ from pathlib import Path
 
 from gemma_gguf import (
     convert,
-    gguf_io,
     imatrix,
     llama_cpp,
     manifest,
     plan,
     quantize,
     recipes,
+    shards,
     verify,
 )
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import (
     PARTIAL,
     link_or_copy,
-    sha256_file,
+    make_directory,
     sha256_json,
 )
 from gemma_gguf.llama_cpp import Build, RunLog
@@ -35,6 +36,7 @@ from gemma_gguf.session import (
     WORK,
     Done,
     Run,
+    join_base,
     open_work,
 )
 
@@ -63,7 +65,7 @@ def prove_run(state: Run, *, again: bool) -> None:
     taken out of the set: none of them can be trusted.
     """
     engines = [entry for entry in state.manifest.files if entry.engine == "fanout"]
-    made = {str(entry.recipe): entry for entry in engines if (state.set_dir / entry.name).is_file()}
+    made = {str(entry.recipe): entry for entry in engines if entry.is_there(state.set_dir)}
     if not made:
         return
     record = state.manifest.stages.get("proof")
@@ -76,14 +78,16 @@ def prove_run(state: Run, *, again: bool) -> None:
         compare_with_reference(
             state.build,
             state.set_dir,
-            state.set_dir / entry.name,
+            state.stem,
+            [state.set_dir / part.name for part in entry.parts],
             entry.as_recipe(),
+            limit=state.manifest.split_max_size,
             log=state.log,
             progress=state.progress,
         )
     except VerificationError:
         for bad in made.values():
-            (state.set_dir / bad.name).unlink(missing_ok=True)
+            bad.remove(state.set_dir)
         state.record(
             state.manifest.model_copy(update={"files": [f for f in state.manifest.files if f.engine != "fanout"]})
         )
@@ -98,23 +102,47 @@ def prove_run(state: Run, *, again: bool) -> None:
 def compare_with_reference(
     build: Build,
     set_dir: Path,
-    made: Path,
+    stem: str,
+    made: Sequence[Path],
     recipe: Recipe,
     *,
+    limit: int,
     base: Path | None = None,
     log: RunLog,
     progress: Progress,
 ) -> None:
-    """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file as `made`,
-    which has its final or its partial name."""
-    stem = made.name.replace(PARTIAL, "").removesuffix(f"-{recipe.name}.gguf")
-    reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
-    argv = reference_argv(build, stem, recipe, reference, None, base=base)
+    """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file as `made`.
+
+    `made` is one path, or those of all shards in their order: these are compared with what llama-gguf-split cuts of
+    llama-quantize's file, those of the bf16 row with what it cuts of the base.
+    """
+    work = set_dir.parent / WORK / stem
+    reference = work / f"reference-{recipe.name}.partial.gguf"
+    cut = work / f"reference-{recipe.name}{PARTIAL}"
     try:
-        quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
-        verify.compare(made, reference)
+        if recipe.is_base:
+            reference = base or work / convert.base_name(stem)
+        else:
+            argv = reference_argv(build, stem, recipe, reference, None, base=base)
+            quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
+        if len(made) == 1:
+            verify.compare(made[0], reference)
+            return
+        make_directory(cut)
+        prefix = str(cut / f"{stem}-{recipe.name}")
+        llama_cpp.run_tool(quantize.split_argv(build, str(reference), prefix, limit), log=log)
+        theirs, ours = sorted(path.name for path in cut.iterdir()), [path.name for path in made]
+        if theirs != ours:
+            raise VerificationError(
+                f"{made[0]} is one of {len(ours)} shards; llama-gguf-split makes {len(theirs)}: {', '.join(theirs)}",
+                next_step="Make the set again with the same --split-max-size, and report this: it should never happen.",
+            )
+        for shard in made:
+            verify.compare(shard, cut / shard.name)
     finally:
-        reference.unlink(missing_ok=True)
+        shutil.rmtree(cut, ignore_errors=True)
+        if not recipe.is_base:
+            reference.unlink(missing_ok=True)
 
 
 def prove_set(
@@ -135,12 +163,14 @@ def prove_set(
     """
     set_dir = set_dir.resolve()
     facts = manifest.load(set_dir)
-    quants = [e for e in facts.files if e.recipe and e.engine != "convert" and (set_dir / e.name).is_file()]
-    made = sorted(quants, key=lambda entry: entry.n_bytes)
+    # The bf16 row is the base itself; where it was cut, the cuts are compared.
+    models = [entry for entry in facts.files if entry.recipe and (entry.engine != "convert" or entry.shards)]
+    made = sorted((entry for entry in models if entry.is_there(set_dir)), key=lambda entry: entry.n_bytes)
     work = set_dir.parent / WORK / facts.stem
     base = work / convert.base_name(facts.stem)
     if not base.exists() and (row := set_dir / base.name).exists():
         link_or_copy(row, base)
+    join_base(set_dir, facts, base)
     if not made or not base.exists():
         raise BadInputError(
             f"{set_dir} has no {'base' if made else 'quants'} to compare with llama-quantize's",
@@ -157,8 +187,16 @@ def prove_set(
         count = min(sample or len(made), len(made))
         for entry in (made[i * len(made) // count] for i in range(count)):
             begun = time.monotonic()
-            made_by_us = set_dir / entry.name
-            compare_with_reference(build, set_dir, made_by_us, entry.as_recipe(), log=log, progress=progress)
+            compare_with_reference(
+                build,
+                set_dir,
+                facts.stem,
+                [set_dir / part.name for part in entry.parts],
+                entry.as_recipe(),
+                limit=facts.split_max_size,
+                log=log,
+                progress=progress,
+            )
             took = time.monotonic() - begun
             say(Done("proof", entry.name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
             compared.append(str(entry.recipe))
@@ -186,11 +224,11 @@ def verify_set(set_dir: Path, *, progress: Progress = silent) -> list[Verified]:
     results: list[Verified] = []
     for done, entry in enumerate(facts.files):
         progress(f"verifying {entry.name}", done, len(facts.files), "files")
-        if entry.remote is not None and not (set_dir / entry.name).is_file():
+        if entry.remote is not None and not entry.is_there(set_dir):
             results.append(Verified(entry.name, None, f"{entry.remote.repo}, commit {entry.remote.commit[:9]}"))
             continue
-        results.append(Verified(entry.name, _problem(set_dir / entry.name, entry)))
-    named = {entry.name for entry in facts.files}
+        results.append(Verified(entry.name, _problem(set_dir, entry)))
+    named = {part.name for entry in facts.files for part in entry.parts}
     for path in sorted(set_dir.rglob("*.gguf")):
         name = path.relative_to(set_dir).as_posix()
         if name not in named:
@@ -198,19 +236,24 @@ def verify_set(set_dir: Path, *, progress: Progress = silent) -> list[Verified]:
     return results
 
 
-def _problem(path: Path, entry: FileEntry) -> str | None:
-    if not path.is_file():
-        return "missing"
+def _problem(set_dir: Path, entry: FileEntry) -> str | None:
+    missing = [part.name for part in entry.parts if not (set_dir / part.name).is_file()]
+    if missing:
+        return f"missing: {', '.join(missing)}" if entry.shards else "missing"
     try:
-        header = gguf_io.read_header(path)
-        verify.check_size(header)
-        verify.check_keys(header)
-        verify.check_rows(header)
-        if entry.checks is not None and plan.layout_of(header.tensors) != entry.checks.layout_sha256:
+        parts = shards.read([set_dir / part.name for part in entry.parts])
+        verify.check_bytes(parts)
+        tensors = shards.joined(parts).tensors
+        if entry.checks is not None and plan.layout_of(tensors) != entry.checks.layout_sha256:
             return "its tensors are not the recorded ones"
     except (BadInputError, VerificationError) as error:
         return error.what
     # Read now, whatever is remembered: this command exists to look at the bytes.
-    if sha256_file(path) != entry.sha256:
-        return "its sha256 is not the recorded one"
-    return None
+    whole, own = shards.hashes(parts)
+    for part, digest in zip(entry.parts, own, strict=True):
+        if digest != part.sha256:
+            return f"the sha256 of {part.name} is not the recorded one" if entry.shards else _OTHER_SHA256
+    return None if whole == entry.sha256 else _OTHER_SHA256
+
+
+_OTHER_SHA256 = "its sha256 is not the recorded one"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from gemma_gguf import gates
 from gemma_gguf.errors import BadInputError, VerificationError
-from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest
+from gemma_gguf.manifest import FILE_NAME, Manifest, Shard
 from gemma_gguf.names import is_model
 
 MAX_FILE = 500_000_000_000  # bytes; the Hub refuses larger files
@@ -129,7 +129,7 @@ def make_plan(
     for entry in facts.files:
         if entry.remote is not None and entry.name not in local:
             reason = f"published before, not on this disk: commit {entry.remote.commit[:9]}"
-            operations.append(Operation("skip", entry.name, entry.n_bytes, reason))
+            operations += [Operation("skip", part.name, part.n_bytes, reason) for part in entry.parts]
     named = {operation.name for operation in operations} | OF_THE_HUB
     for name, found in sorted(remote.files.items()):
         if name not in named:
@@ -153,8 +153,9 @@ def in_order(facts: Manifest, local: Mapping[str, LocalFile]) -> list[str]:
     weights = sorted(
         (e for e in facts.files if e.name in local), key=lambda entry: (kinds.index(entry.kind), -entry.n_bytes)
     )
-    rest = sorted(set(local) - {entry.name for entry in weights}, key=lambda name: (name == FILE_NAME, name))
-    return [*(entry.name for entry in weights), *rest]
+    names = [part.name for entry in weights for part in entry.parts if part.name in local]
+    rest = sorted(set(local) - set(names), key=lambda name: (name == FILE_NAME, name))
+    return [*names, *rest]
 
 
 def is_same(here: LocalFile, there: RemoteFile) -> bool:
@@ -265,13 +266,13 @@ def _demo(candidate: Candidate) -> Iterator[Finding]:
 
 def _whole(candidate: Candidate) -> Iterator[Finding]:
     """Every file is the one that the manifest names."""
-    for entry in candidate.facts.files:
-        found = candidate.local.get(entry.name)
-        again = "Make it again with: gemma-gguf run MODEL"
+    again = "Make it again with: gemma-gguf run MODEL"
+    for entry, part in ((one, part) for one in candidate.facts.files for part in one.parts):
+        found = candidate.local.get(part.name)
         if found is None and entry.remote is None:
-            yield Finding(f"{entry.name} is missing", again)
-        elif found is not None and (found.n_bytes, found.sha256) != (entry.n_bytes, entry.sha256):
-            yield Finding(f"{entry.name} is not the file that {FILE_NAME} names: its sha256 is {found.sha256}", again)
+            yield Finding(f"{part.name} is missing", again)
+        elif found is not None and (found.n_bytes, found.sha256) != (part.n_bytes, part.sha256):
+            yield Finding(f"{part.name} is not the file that {FILE_NAME} names: its sha256 is {found.sha256}", again)
 
 
 def _published(candidate: Candidate) -> Iterator[Finding]:
@@ -279,20 +280,20 @@ def _published(candidate: Candidate) -> Iterator[Finding]:
     for entry in candidate.facts.files:
         if entry.remote is None or entry.name in candidate.local:
             continue
-        there = candidate.remote.files.get(entry.name)
+        lost = [part for part in entry.parts if not is_there(part, candidate.remote.files.get(part.name))]
         if entry.remote.repo != candidate.repo:
             what = f"{entry.name} is not on this disk, but in {entry.remote.repo}"
             yield Finding(what, f"Publish to it: --repo {entry.remote.repo}")
-        elif there is None or not is_there(entry, there):
+        elif lost:
             yield Finding(
-                f"{entry.name} is neither on this disk nor in {candidate.repo}, where {FILE_NAME} says it is",
+                f"{lost[0].name} is neither on this disk nor in {candidate.repo}, where {FILE_NAME} says it is",
                 "Make it again with: gemma-gguf run MODEL --publish --stream",
             )
 
 
-def is_there(entry: FileEntry, there: RemoteFile | None) -> bool:
+def is_there(part: Shard, there: RemoteFile | None) -> bool:
     """Whether a file of the repository is the one that the manifest names."""
-    return there is not None and there.n_bytes == entry.n_bytes and there.sha256 == entry.sha256
+    return there is not None and there.n_bytes == part.n_bytes and there.sha256 == part.sha256
 
 
 def _size(candidate: Candidate) -> Iterator[Finding]:
@@ -357,7 +358,7 @@ def _tags(candidate: Candidate) -> Iterator[Finding]:
     common/download.cpp); so only one file of the repository may match, but for the shards of one folder.
     """
     kept = set() if candidate.prune else set(candidate.remote.files)
-    names = kept | set(candidate.local) | {entry.name for entry in candidate.facts.files}
+    names = kept | set(candidate.local) | {part.name for e in candidate.facts.files for part in e.parts}
     models = [name for name in sorted(names) if is_model(name)]
     for entry in candidate.facts.files:
         if entry.kind != "model" or entry.recipe is None:

@@ -109,7 +109,7 @@ class Upload:
 
     def _local_files(self, facts: Manifest, *, rehash: bool) -> dict[str, LocalFile]:
         """The files of the set that are on this disk."""
-        names = [entry.name for entry in facts.files]
+        names = [part.name for entry in facts.files for part in entry.parts]
         names += card.card_files(tuple(facts.card.languages)).values()
         names += [f"{pictures.FOLDER}/{name}.{kind}" for name in facts.pictures for kind in ("svg", "png")]
         names = [name for name in (*names, FILE_NAME) if (self.set_dir / name).is_file()]
@@ -128,7 +128,7 @@ class Upload:
 
     def _others(self, facts: Manifest, local: dict[str, LocalFile]) -> dict[str, int]:
         """Files of the directory that are no part of the set; hidden ones are not looked at."""
-        named = set(local) | {entry.name for entry in facts.files}
+        named = set(local) | {part.name for entry in facts.files for part in entry.parts}
         found: dict[str, int] = {}
         for path in sorted(self.set_dir.rglob("*")):
             name = path.relative_to(self.set_dir)
@@ -167,12 +167,13 @@ class Upload:
         self.say(Done("publish", self.remote.address, True, "new repository, private", took))
 
     def send_file(self, facts: Manifest, name: str) -> RemotePlace:
-        """Commit one file of the set, unless the repository has it; where it is now.
+        """Commit one file of the set, or all shards of one, unless the repository has it; where it is now.
 
         For sets that are sent while they are made; what describes the set comes in the end.
         """
-        local = {name: self._local_file(self.set_dir / name, rehash=True)}
         part = facts.model_copy(update={"files": [entry for entry in facts.files if entry.name == name]})
+        names = [one.name for entry in part.files for one in entry.parts]
+        local = {one: self._local_file(self.set_dir / one, rehash=True) for one in names}
         listed = self.patiently(self.remote.listing)
         candidate = Candidate(part, local, {}, listed, self.repo, self.how.prune, self.how.allow_demo)
         publish.refuse(publish.refusals(candidate, publish.GATES_OF_FILES), self.repo)
@@ -306,10 +307,11 @@ def joined(state: Run, connect: Callable[[str], Repository] = Repository) -> Ite
         publish.refuse(publish.refusals(nothing, publish.GATES_BEFORE), upload.repo)
         listed = upload.patiently(upload.remote.listing)
         for entry in facts.files:
-            if entry.remote is not None and not publish.is_there(entry, listed.files.get(entry.name)):
+            there = all(publish.is_there(part, listed.files.get(part.name)) for part in entry.parts)
+            if entry.remote is not None and not there:
                 facts = facts.model_copy(update={"files": [other for other in facts.files if other is not entry]})
             elif entry.remote is not None and how.stream:
-                (state.set_dir / entry.name).unlink(missing_ok=True)  # a killed run had no time to delete it
+                entry.remove(state.set_dir)  # a killed run had no time to delete it
         state.manifest = facts.model_copy(update={"card": facts.card.model_copy(update={"repo": upload.repo})})
         if how.stream:
             state.take_away = lambda path: upload.send_file(state.manifest, path.relative_to(state.set_dir).as_posix())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
+from gemma_gguf import shards
 from gemma_gguf.llama_cpp import Build, RunLog, ToolRun, run_tool
 from gemma_gguf.plan import FilePlan, parse_dry_run_log
 from gemma_gguf.progress import Progress, silent
@@ -57,6 +58,13 @@ def plan_recipe(
     argv = quantize_argv(build, recipe, base, None, imatrix=imatrix)
     made = parse_dry_run_log(run_tool(argv, log=log, cwd=cwd).output, recipe.name, n_tensors)
     return replace(made, static=recipe.static)
+
+
+def split_argv(build: Build, whole: str, prefix: str, limit: int) -> list[str]:
+    """The command line of llama-gguf-split that cuts a file into shards `<prefix>-00001-of-...`; `limit` is in bytes,
+    whole megabytes."""
+    size = f"{limit // shards.MEGABYTE}M"
+    return [str(build.tool("llama-gguf-split")), "--split", "--split-max-size", size, whole, prefix]
 
 
 def run_llama_quantize(argv: list[str], label: str, *, cwd: Path, log: RunLog, progress: Progress = silent) -> ToolRun:

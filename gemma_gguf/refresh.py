@@ -14,8 +14,8 @@ from typing import Any
 
 from gemma_gguf import (
     card,
-    convert,
     factory,
+    fanout,
     gguf_io,
     imatrix,
     llama_cpp,
@@ -24,12 +24,15 @@ from gemma_gguf import (
     proof,
     recipes,
     session,
+    shards,
     stale,
 )
-from gemma_gguf.differences import Seen, is_head, look, problem_with
+from gemma_gguf.differences import Seen, has_heads, look, problem_with
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import (
     link_or_copy,
+    make_directory,
+    partial_path,
     scratch,
     sha256_json,
     write_from,
@@ -175,6 +178,7 @@ def _options(set_dir: Path, asked: Asked) -> Options:
         bench=tuple(bench.split(",")) if bench else None,
         mmproj=not facts.model.left_out,
         allow_mismatch=facts.parity is not None and bool(facts.parity.differences or facts.parity.problem),
+        split_max_size=facts.split_max_size,
         reference=argument(words, "--from") or _imatrix_reference(argv),
         rehash=asked.rehash,
         wait=asked.wait,
@@ -205,12 +209,11 @@ def _record(state: Run, seen: Seen, how: Any) -> None:
         for measured in (found.quality, found.similarity, found.failed, found.speed)
         if measured is not None
     }
-    shas = {entry.name: entry.sha256 for entry in state.manifest.files}
-    decisions = {
-        name: decision.model_copy(update={"sha256": shas[name]})
-        for name, decision in seen.decisions.items()
-        if name in shas
-    }
+    decisions: dict[str, FileDecision] = {}
+    for name, decision in seen.decisions.items():
+        entry = state.manifest.made(seen.rows[name]) if name in seen.rows else state.manifest.file(name)
+        if entry is not None:
+            decisions[entry.name] = decision.model_copy(update={"sha256": entry.sha256})
     facts = RefreshFacts(
         before=before,
         build=session.build_facts(state.build),
@@ -246,6 +249,7 @@ def _carry_out(state: Run, seen: Seen) -> None:
     earlier = state.manifest.refresh
     resumed = earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key
     old_shas = {entry.name: entry.sha256 for entry in state.manifest.files}
+    old_shards = {entry.name: entry.shards for entry in state.manifest.files}
     if resumed and earlier is not None:  # what is done by now has another hash
         old_shas |= {name: found.sha256 for name, found in earlier.files.items() if found.sha256 is not None}
     _record(state, seen, "applying")
@@ -258,7 +262,9 @@ def _carry_out(state: Run, seen: Seen) -> None:
     factory.remake(state, new_imatrix=new_imatrix)
     for name, decision in seen.decisions.items():
         entry = state.manifest.file(name)
-        if decision.outcome == "remake" and entry is not None and entry.sha256 == old_shas.get(name):
+        if entry is None or [part.n_bytes for part in entry.shards] != [part.n_bytes for part in old_shards[name]]:
+            continue  # cut otherwise
+        if decision.outcome == "remake" and entry.sha256 == old_shas.get(name):
             seen.decisions[name] = stale.unchanged(f"made again, as {decision.why}; every byte is the same")
     _record(state, seen, "applied")
 
@@ -280,14 +286,23 @@ def _prove(state: Run, seen: Seen) -> None:
     if not state.options.proof or not kept or seen.base is None:
         return
     by_recipe = {output.recipe: name for name, output in kept.items()}
-    sizes = {output.recipe: output.header.file_size for output in kept.values()}
+    sizes = {output.recipe: output.n_bytes for output in kept.values()}
     name = by_recipe[recipes.for_proof(sizes)]
-    made = state.set_dir / name
-    if seen.decisions[name].outcome == "keys" and not is_head(gguf_io.read_header(made), kept[name].header.data):
-        made = _rewritten(state, seen, name)
+    held = _held(state, name)
+    made = [part.path for part in held]
+    if seen.decisions[name].outcome == "keys" and not has_heads(held, kept[name]):
+        made = _rewritten(kept[name], held)
     started = time.monotonic()
     proof.compare_with_reference(
-        state.build, state.set_dir, made, seen.recipes[name], base=seen.base, log=state.log, progress=state.progress
+        state.build,
+        state.set_dir,
+        state.stem,
+        made,
+        seen.recipes[name],
+        limit=state.options.split_max_size,
+        base=seen.base,
+        log=state.log,
+        progress=state.progress,
     )
     took = time.monotonic() - started
     state.did(Done("proof", name, False, f"byte-identical to llama-quantize's, {took:.1f} s", took))
@@ -298,14 +313,25 @@ def _problem_free(state: Run, name: str) -> bool:
     return entry is not None and problem_with(state, entry) is None
 
 
-def _rewritten(state: Run, seen: Seen, name: str) -> Path:
-    """The file under its partial name: the header that the build would write, the tensor data that it has."""
-    output, held = seen.outputs[name], gguf_io.read_header(state.set_dir / name)
-    n_bytes = held.file_size - held.data_start
-    if len(output.header.data) + n_bytes != output.header.file_size:
-        raise VerificationError(f"{held.path} has {n_bytes} bytes of tensor data, other than planned")
-    write_from(output.partial, output.header.data, held.path, held.data_start, n_bytes)
-    return output.partial
+def _held(state: Run, name: str) -> list[gguf_io.Header]:
+    """The headers of a file of the set, or of all its shards."""
+    entry = state.manifest.file(name)
+    return shards.read([state.set_dir / part.name for part in entry.parts]) if entry is not None else []
+
+
+def _rewritten(output: fanout.Output, held: Sequence[gguf_io.Header]) -> list[Path]:
+    """The file under its partial name, or all its shards: headers that the build would write, the tensor data it has.
+
+    Nothing is linked, though most shards stay as they are: a partial file is one that later runs may write into.
+    """
+    output.remove()
+    for old, (path, header) in zip(held, output.parts, strict=True):
+        n_bytes = old.file_size - old.data_start
+        if len(header.data) + n_bytes != header.file_size:
+            raise VerificationError(f"{old.path} has {n_bytes} bytes of tensor data, other than planned")
+        make_directory(path.parent)
+        write_from(path, header.data, old.path, old.data_start, n_bytes)
+    return [path for path, _ in output.parts]
 
 
 def _install_converted(state: Run, seen: Seen) -> None:
@@ -374,7 +400,7 @@ def _settle_quants(state: Run, seen: Seen) -> None:
         outcome = seen.decisions[entry.name].outcome
         if entry.kind != "model" or outcome not in ("unchanged", "keys"):
             continue
-        if entry.name == convert.base_name(state.stem):
+        if entry.as_recipe().is_base:
             if outcome == "unchanged":  # else it is linked to the new base with what is made
                 key = production.quant_key(state, recipes.TABLE[str(entry.recipe)], base_sha, imatrix_sha)
                 state.record(state.manifest.with_file(entry.model_copy(update={"key": key})))
@@ -383,19 +409,20 @@ def _settle_quants(state: Run, seen: Seen) -> None:
         key = production.quant_key(state, recipe, base_sha, imatrix_sha)
         if entry.key == key:
             continue
-        held = gguf_io.read_header(state.set_dir / entry.name)
-        if outcome == "unchanged" or is_head(held, output.header.data):
+        held = _held(state, entry.name)
+        if outcome == "unchanged" or has_heads(held, output):
             state.record(state.manifest.with_file(entry.model_copy(update={"key": key})))
             state.did(Done("refresh", entry.name, False, seen.decisions[entry.name].why, 0.0, entry.n_bytes))
             continue
         started = time.monotonic()
-        partial = _rewritten(state, seen, entry.name)
-        argv = proof.reference_argv(state.build, state.stem, recipe, partial, state.options.threads)
-        n_bytes = held.file_size - held.data_start
+        _rewritten(output, held)
+        whole = partial_path(state.set_dir / session.file_name(state, recipe), state.work)
+        argv = proof.reference_argv(state.build, state.stem, recipe, whole, state.options.threads)
+        n_bytes = sum(part.file_size - part.data_start for part in held)
         # A parent that is not in the set was not asked for its plan; what differs from it is known.
         known = {**plans, recipe.parent: plans.get(recipe.parent, output.plan)} if recipe.parent else plans
         item = production.Todo(recipe, key, seen.decisions[entry.name].why, known)
-        production.accept(state, item, partial, argv, time.monotonic() - started, stage="refresh")
+        production.accept(state, item, output.partial, argv, time.monotonic() - started, stage="refresh")
         state.log.note(f"refresh: {entry.name}: new header, {n_bytes} bytes of tensor data copied, none quantised")
         now = state.manifest.file(entry.name)
         assert now is not None

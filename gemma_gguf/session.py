@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,25 @@ from gemma_gguf import (
     qat,
     quantize,
     recipes,
+    shards,
     source,
     tasks,
 )
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.evaluate import DISK_BUDGET as EVAL_DISK_BUDGET
 from gemma_gguf.files import (
+    PARTIAL,
     HashMemory,
     locked,
+    make_directory,
+    partial_path,
+    replace_durably,
     sha256_json,
     write_atomic,
 )
 from gemma_gguf.kernel_check import Checked
 from gemma_gguf.llama_cpp import Build, RunLog
-from gemma_gguf.manifest import BuildFacts, CardChoices, CustomRecipe, FileEntry, Manifest, RemotePlace
+from gemma_gguf.manifest import BuildFacts, CardChoices, CustomRecipe, FileEntry, Manifest, RemotePlace, Shard
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.progress import Progress
 from gemma_gguf.recipes import Recipe
@@ -125,6 +130,7 @@ class Options:
     max_memory: int = fanout.MAX_MEMORY  # bytes, of all fan-out workers together
     disk_budget: int | None = None  # bytes
     allow_mismatch: bool = False  # go on though tokenizer or chat template are not the checkpoint's
+    split_max_size: int = shards.DEFAULT_LIMIT  # bytes of tensors in one file, whole megabytes
     proof: bool = True  # make one small recipe with llama-quantize, too, and compare
     evaluate: bool = True
     eval_chunks: int | None = None
@@ -246,11 +252,34 @@ def base_places(set_dir: Path, work: Path, stem: str) -> tuple[Path, Path]:
     return work / convert.base_name(stem), set_dir / convert.base_name(stem)
 
 
-def is_made(known: Manifest | None, path: Path) -> bool:
+def join_base(set_dir: Path, facts: Manifest, base: Path) -> None:
+    """Have the base again where it is gone and the bf16 row is there in shards."""
+    row = facts.made("bf16")
+    if base.exists() or row is None or not row.shards or not row.is_there(set_dir):
+        return
+    partial = partial_path(base)
+    make_directory(base.parent)
+    shards.join(shards.read([set_dir / part.name for part in row.parts]), partial)
+    replace_durably(partial, base)
+
+
+def is_made(known: Manifest | None, set_dir: Path, recipe: Recipe) -> bool:
     """Whether a file is named and there, or published: if it must be made again, the new one takes its place in the
     end."""
-    entry = None if known is None else known.file(path.name)
-    return entry is not None and (entry.state == "remote" or path.is_file())
+    entry = None if known is None else known.made(recipe.name)
+    return entry is not None and (entry.state == "remote" or entry.is_there(set_dir))
+
+
+def is_whole(memory: HashMemory, set_dir: Path, entry: FileEntry) -> bool:
+    """Whether the bytes of a file, or of all its shards, are those that the manifest names."""
+    return entry.is_there(set_dir) and all(memory.sha256(set_dir / part.name) == part.sha256 for part in entry.parts)
+
+
+def is_cut_at(set_dir: Path, entry: FileEntry, limit: int) -> bool:
+    """Whether a file that is there is whole, or in shards, as this split limit wants it."""
+    if not entry.shards and entry.n_bytes <= limit:
+        return True
+    return shards.is_cut_at([gguf_io.read_header(set_dir / part.name) for part in entry.parts], limit)
 
 
 def check_given(options: Options) -> None:
@@ -377,9 +406,11 @@ def open_set(
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
         facts = manifest.load(set_dir)  # as it is now that nobody else can change it
         model = facts.model
-        name = source.ModelName(model.origin, model.org, model.model, revision=model.revision)
-        if name.stem != facts.stem:
-            name = replace(name, naming="model")
+        # Whatever the files were named by (--name, --naming), they begin as they do.
+        called = f"{model.org}/{facts.stem}"
+        name = source.ModelName(
+            model.origin, model.org, model.model, revision=model.revision, naming="model", called=called
+        )
         with told(log, memory):
             yield Run(
                 options=options,
@@ -451,8 +482,8 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         facts["gates"] = options.bounds.chosen(old.gates)
         facts["qat"] = qat_facts(old.qat)
         if options.until not in {"convert", "imatrix"}:  # these were not asked for any recipe
-            facts |= {"recipes": asked, "custom_recipes": own}
-        kept = [entry for entry in old.files if entry.remote or (set_dir / entry.name).is_file()]
+            facts |= {"recipes": asked, "custom_recipes": own, "split_max_size": options.split_max_size}
+        kept = [entry for entry in old.files if entry.remote or entry.is_there(set_dir)]
         return old.model_copy(update={**facts, "files": kept})
     return Manifest(
         schema_version=manifest.SCHEMA_VERSION,
@@ -465,6 +496,7 @@ def _manifest(set_dir: Path, name: source.ModelName, build: Build, found: source
         stages={},
         recipes=asked,
         custom_recipes=own,
+        split_max_size=options.split_max_size,
         files=[],
         card=options.card.chosen(manifest.DEFAULT_CARD, name.stem),
         qat=qat_facts(None),
@@ -522,10 +554,12 @@ def why_again(state: Run, stage: str, key: str) -> str:
 
 @contextlib.contextmanager
 def removed_when_bad(path: Path) -> Iterator[None]:
-    """A file that fails its checks is not left behind."""
+    """A file, or a folder of shards, that fails its checks is not left behind."""
     try:
         yield
     except VerificationError:
+        if path.is_dir():
+            shutil.rmtree(path)
         path.unlink(missing_ok=True)
         raise
 
@@ -610,9 +644,22 @@ def new_entry(
     checks: manifest.Checks | None,
     engine: str | None = None,
 ) -> FileEntry:
-    header = gguf_io.read_header(path)
+    """The entry of a file, or of a folder of shards, that is still under its partial name; `path` names it."""
+    if not path.is_dir():
+        header, cut, digest = gguf_io.read_header(path), [], state.memory.sha256(path)
+    else:
+        parts = shards.read(sorted(path.iterdir()))
+        digest, own = shards.hashes(parts)
+        for part, one in zip(parts, own, strict=True):
+            state.memory.remember(part.path, one)
+        folder = path.name.removesuffix(PARTIAL)
+        cut = [
+            Shard(name=f"{folder}/{part.path.name}", n_bytes=part.file_size, sha256=one)
+            for part, one in zip(parts, own, strict=True)
+        ]
+        header = shards.joined(parts)
     return FileEntry(
-        name=path.name,
+        name=cut[0].name if cut else path.name,
         kind=kind,
         recipe=recipe.name if recipe else None,
         about=recipe.about if recipe else None,
@@ -622,7 +669,8 @@ def new_entry(
         state="local",
         remote=None,
         n_bytes=header.file_size,
-        sha256=state.memory.sha256(path),
+        sha256=digest,
+        shards=cut,
         bpw=round(header.bits_per_weight, 4) if kind == "model" else None,
         types=header.type_histogram(),
         fallbacks={},
@@ -669,6 +717,7 @@ def speeds_for(state: Run, plans: Sequence[FilePlan], using: Checked | None = No
 
 def room_for(state: Run, outputs: Sequence[fanout.Output]) -> int:
     """Bytes that new files may take: free space and what partial files hold already, or less if the user said so."""
-    held = sum(output.partial.stat().st_blocks * 512 for output in outputs if output.partial.exists())
+    parts = [path for output in outputs for path, _ in output.parts]
+    held = sum(path.stat().st_blocks * 512 for path in parts if path.exists())
     free = shutil.disk_usage(state.work).free + held
     return free if state.options.disk_budget is None else min(free, state.options.disk_budget)

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gemma_gguf import calibration, card, kernel_check, llama_cpp, quantize, recipes, source
+from gemma_gguf import calibration, card, kernel_check, llama_cpp, quantize, recipes, shards, source
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import ENGINES, known_recipes
@@ -75,6 +75,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; nearest: {', '.join(near)}"
     return f"; known: {', '.join(known)}" if len(known) <= 8 else ""
+
+
+def _whole_megabytes(value: int) -> int:
+    if (reason := shards.wrong_limit(value)) is not None:
+        raise PydanticCustomError("megabytes", "{reason}", {"reason": reason})
+    return value
 
 
 def _one_of(known: Sequence[str]) -> AfterValidator:
@@ -214,6 +220,7 @@ class Settings(_Model):
     max_memory: Size | None = None
     scheduler: Text | None = None
     disk_budget: Size | None = None
+    split_max_size: Annotated[Size, AfterValidator(_whole_megabytes)] | None = None
     proof: bool | None = None
     threads: Positive | None = None
     gpu_layers: Annotated[int, Field(ge=0)] | None = None

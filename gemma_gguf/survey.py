@@ -36,7 +36,7 @@ from gemma_gguf import (
 )
 from gemma_gguf.doctor import Account, Facts, KernelState, Model, Package, Refused, Room
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError
-from gemma_gguf.files import partial_path
+from gemma_gguf.files import partial_folder, partial_path
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import STAGES, Options, base_places, given_checks, is_made, known_recipes, places
@@ -285,9 +285,14 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     makes_quants = until >= STAGES.index("quantize")
     makes_imatrix = until >= 1 and options.imatrix is None and not (set_dir / imatrix.file_name(name.stem)).is_file()
     model = _model(name, work, base, refused)
-    files = {recipe.name: set_dir / f"{name.stem}-{recipe.name}.gguf" for recipe in wanted}
-    makes = [r for r in wanted if makes_quants and not r.is_base and not is_made(known, files[r.name])]
-    partials = [partial_path(files[recipe.name], work) for recipe in makes]
+    missing = [recipe for recipe in wanted if makes_quants and not is_made(known, set_dir, recipe)]
+    makes = [recipe for recipe in missing if not recipe.is_base]
+    finals = [set_dir / f"{name.stem}-{recipe.name}.gguf" for recipe in makes]
+    partials = [
+        path
+        for final in finals
+        for path in (partial_path(final, work), *partial_folder(final.with_suffix(""), work).glob("*.gguf"))
+    ]
     rooms = dict(facts.rooms)
     if name.origin == "hub":
         rooms["hub cache"] = room(_hub_cache())
@@ -306,6 +311,8 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
         held=sum(path.stat().st_blocks * 512 for path in partials if path.is_file()),
         proves=options.proves,
         eval_bytes=eval_bytes if eval_bytes <= options.eval_disk_budget else 0,
+        cuts_base=len(makes) < len(missing),
+        split_max_size=options.split_max_size,
     )
     base_bytes = 2 * (model.n_parameters - model.n_projector) if model else 0
     return replace(

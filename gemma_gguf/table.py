@@ -239,9 +239,10 @@ def _row(
     mine = close if isinstance(close, Quality) else None
     like = close if isinstance(close, Similarity) else None
     told = _sentences(entry, manifest, quality, words) if is_model else [_projector(entry, manifest, words)]
+    name, link = name_and_link(entry, manifest)
     return Row(
-        name=entry.name.rpartition("/")[2],
-        link=entry.name,
+        name=name,
+        link=link,
         quant=need(entry.recipe, f"the recipe of {entry.name}") if is_model else _outtype(entry),
         size=gigabytes(entry.n_bytes),
         n_bytes=entry.n_bytes,
@@ -254,7 +255,7 @@ def _row(
         same_nearest=plus_minus(like.same_nearest, factor=100, unit="%") if like else NOTHING,
         about=separator.join(told),
         status=_status(entry, manifest, close, words),
-        split="/" in entry.name,
+        split=bool(entry.shards),
     )
 
 
@@ -271,6 +272,15 @@ def _status(entry: FileEntry, manifest: Manifest, close: Closeness | None, words
     if entry.name in gates.failures(manifest):
         return words.gettext("no figures")
     return words.gettext("not measured")
+
+
+def name_and_link(entry: FileEntry, manifest: Manifest) -> tuple[str, str]:
+    """(name, link) of a file, or of a folder of shards; on the Hub a relative link is one to a file."""
+    folder, _, file = entry.name.rpartition("/")
+    if not entry.shards:
+        return file, f"./{entry.name}"
+    repo = manifest.card.repo
+    return folder, f"https://huggingface.co/{repo}/tree/main/{folder}" if repo else f"./{folder}"
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:

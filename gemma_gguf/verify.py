@@ -7,13 +7,14 @@ names the first thing that is wrong. Nothing that fails here is ever given a fin
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from gemma_gguf import embedding, gemma, gguf_io
+from gemma_gguf import embedding, gemma, gguf_io, shards
 from gemma_gguf.errors import ToolFailedError, VerificationError
 from gemma_gguf.files import sha256_file, write_atomic
 from gemma_gguf.gguf_io import Header
@@ -29,23 +30,33 @@ CHECKED_TEXTS, CHECKED_CHARACTERS = 4, 200
 
 
 def check_file(path: Path, plan: FilePlan | None, *, build: Build, text: Path | None, log: RunLog) -> Checks:
-    """All checks of one file: header, layout, size, sampled rows, keys and, with `text`, a load in llama.cpp.
+    """All checks of one file, or of a folder of shards: header, layout, size, sampled rows, keys and, with `text`, a
+    load in llama.cpp.
 
     `plan` is None for files whose layout no plan names (mmproj, base); `text` None skips the load.
     """
-    header = gguf_io.read_header(path)
+    parts = shards.read(sorted(path.iterdir()) if path.is_dir() else [path])
+    header = shards.joined(parts)
     if plan is not None:
         check_layout(header, plan)
-    check_size(header)
-    check_keys(header)
-    rows = check_rows(header)
+    rows = check_bytes(parts)
     if text is None:
         load = None
     elif header.get("general.architecture") in gemma.WITHOUT_LOGITS:
-        load = check_embeds(path, text, build=build, log=log)
+        load = check_embeds(parts[0].path, text, build=build, log=log)
     else:
-        load = check_load(path, text, build=build, log=log)
+        load = check_load(parts[0].path, text, build=build, log=log)
     return Checks(layout_sha256=layout_of(header.tensors), sampled_rows=rows, load=load)
+
+
+def check_bytes(parts: Sequence[Header]) -> int:
+    """Size, keys and sampled rows of a file, or of all its shards. Returns the number of rows."""
+    rows = 0
+    for part in parts:
+        check_size(part)
+        check_keys(part)
+        rows += check_rows(part)
+    return rows
 
 
 def check_layout(header: Header, plan: FilePlan) -> None:

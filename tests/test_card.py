@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 
 from gemma_gguf import card, manifest, recipes
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.manifest import CustomRecipe, EmbeddingFacts, FileEntry, Manifest, Sampling
+from gemma_gguf.manifest import CustomRecipe, EmbeddingFacts, FileEntry, Manifest, Sampling, Shard
 from tests.examples import COMMIT, FRONT_MATTER, IMATRIX, STEM, evidence, example, model_entry, sha
 
 # --- helpers -------------------------------------------------------------------------------------------------------
@@ -893,9 +893,16 @@ def test_a_model_that_hears_is_given_sound(theme: str) -> None:
 
 @every_theme
 def test_shards_are_downloaded_as_a_folder_and_not_offered_to_ollama(theme: str) -> None:
-    name = f"{STEM}-Q4_K_M/{STEM}-Q4_K_M-00001-of-00002.gguf"
-    body = _body(_with_files(_entry("Q4_K_M", name=name)), theme=theme)
-    assert f"| [{name.rpartition('/')[2]}](./{name}) | Q4_K_M | 2.49GB | true |" in body
+    folder = f"{STEM}-Q4_K_M"
+    names = [f"{folder}/{folder}-0000{number}-of-00002.gguf" for number in (1, 2)]
+    name, cut = names[0], [Shard(name=name, n_bytes=1244947488, sha256=sha(name)) for name in names]
+    made = _with_files(_entry("Q4_K_M", name=name, shards=cut))
+    body = _body(made, theme=theme)
+    link = f"https://huggingface.co/{made.card.repo}/tree/main/{folder}"
+    assert f"| [{folder}]({link}) | Q4_K_M | 2.49GB | true |" in body
+    assert f"| [{folder}](./{folder}) |" in _body(_chosen(made, repo=None), theme=theme)
+    for shard in cut:
+        assert f"| {shard.name} | 1,244,947,488 | `{shard.sha256}` |" in body
     assert "ollama run" not in body
     assert "cannot pull files that are split" in body
     assert f'--include "{STEM}-Q4_K_M/*"' in body
@@ -926,6 +933,22 @@ def test_shards_are_downloaded_as_a_folder_and_not_offered_to_ollama(theme: str)
 def test_the_command_to_reproduce_names_the_model(changes: dict[str, Any], command: str) -> None:
     made = _with_model(**changes).model_copy(update={"recipes": list(recipes.DEFAULT_NAMES)})
     assert card.reproduce_command(made) == command
+
+
+@pytest.mark.parametrize(
+    ("stem", "options"),
+    [
+        ("google_gemma-3-4b-it", ""),
+        ("gemma-3-4b-it", "--naming model "),
+        ("me_my-gemma", "--name me/my-gemma "),
+        ("my-gemma", "--name google/my-gemma --naming model "),
+    ],
+)
+def test_the_command_to_reproduce_names_the_files(stem: str, options: str) -> None:
+    made = example().model_copy(update={"stem": stem, "recipes": list(recipes.DEFAULT_NAMES)})
+    made = made.model_copy(update={"split_max_size": 20_000_000_000})
+    expected = f"gemma-gguf run google/gemma-3-4b-it@{COMMIT} {options}--llama-cpp pypi:0.3.36 --split-max-size 20000MB"
+    assert card.reproduce_command(made).startswith(expected)
 
 
 def test_the_command_to_reproduce_names_every_choice() -> None:

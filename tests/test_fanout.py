@@ -187,6 +187,7 @@ def test_job_makes_the_files_and_hands_them_over_in_phases(job: Job) -> None:
     assert order[:2] == ["Q8_0", "Q4_K_M"]
     assert sorted(order) == sorted(SOME)
     assert figures.tasks == len(fanout.load_job(job.dir / "job.json")["tasks"])
+    assert figures.written_bytes == sum(tensor.n_bytes for output in job.outputs for tensor in output.plan.tensors)
     assert set(figures.part_seconds) == set(tasks.PARTS)
     assert 0 < figures.part_seconds["quantize"] < sum(figures.part_seconds.values()) <= figures.cpu_seconds
 

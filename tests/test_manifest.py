@@ -524,9 +524,9 @@ def test_with_file_replaces_the_one_of_that_name() -> None:
     assert before == example()
 
 
-def test_with_file_adds_one_of_another_name() -> None:
+def test_with_file_adds_one_of_another_recipe() -> None:
     before = example()
-    new = before.files[3].model_copy(update={"name": "other.gguf"})
+    new = before.files[3].model_copy(update={"name": "other.gguf", "recipe": "Q3_K_M"})
     assert before.with_file(new).files == [*before.files, new]
 
 
