@@ -19,7 +19,7 @@ from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import write_atomic
 from gemma_gguf.recipes import TABLE, Recipe
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 FILE_NAME = "quantset.json"
 MAX_BYTES = 16_000_000  # of the whole document; that of the demo's 27 files has 34 kB
 
@@ -536,7 +536,7 @@ DEFAULT_CARD = CardChoices(theme="modern", languages=["en"], quantized_by="gemma
 class Manifest(_Model):
     """The whole of `quantset.json`."""
 
-    schema_version: Annotated[Literal[3], BeforeValidator(_whole_number)]
+    schema_version: Annotated[Literal[4], BeforeValidator(_whole_number)]
     tool_version: str
     stem: str
     model: ModelFacts
@@ -640,6 +640,8 @@ def _upgraded(raw: dict[str, Any], version: int) -> dict[str, Any]:
         raw = _with_schema_2(raw)
     if version in {1, 2}:
         raw = _with_schema_3(raw)
+    if version in {1, 2, 3}:
+        raw = {**_with_schema_4(raw), "schema_version": SCHEMA_VERSION}
     return raw
 
 
@@ -660,18 +662,11 @@ def _with_schema_2(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
-    model, evidence = raw.get("model"), raw.get("evidence")
-    if isinstance(model, dict):
-        # Earlier versions recorded no prompts of such a model, and its base lacks the dense layers.
-        bare: dict[str, Any] = {"prompts": {}, "similarity": None, "dense": []}
-        embeds = model.get("gguf_arch") == "gemma-embedding"
-        raw = {**raw, "model": {"embedding": bare if embeds else None, "left_out": [], **model}}
-    if isinstance(evidence, dict):
-        completed = {
-            key: {"similarity": None, "failed": None, **found} if isinstance(found, dict) else found
-            for key, found in evidence.items()
-        }
-        raw = {**raw, "evidence": completed}
+    # Before, no prompts of a model that embeds were recorded, and its base lacks the dense layers.
+    bare: dict[str, Any] = {"prompts": {}, "similarity": None, "dense": []}
+    model = raw.get("model")
+    embeds = isinstance(model, dict) and model.get("gguf_arch") == "gemma-embedding"
+    raw = _with_fields(raw, model={"embedding": bare if embeds else None}, evidence={"similarity": None})
     files = raw.get("files")
     if isinstance(files, list):
         raw = {**raw, "files": [_with_recipe(entry) if isinstance(entry, dict) else entry for entry in files]}
@@ -681,27 +676,45 @@ def _with_schema_3(raw: dict[str, Any]) -> dict[str, Any]:
         "quantisers": {},
         "refresh": None,
         "custom_recipes": [],
-        "split_max_size": 50_000_000_000,
-        "qat": None,
-        "pins": {},
-        "parity": None,
-        "gates": DEFAULT_GATES.model_dump(),
     }
-    return {**added, **raw, "schema_version": SCHEMA_VERSION}
+    return {**added, **raw}
 
 
 def _with_recipe(entry: dict[str, Any]) -> dict[str, Any]:
     """Before there were custom recipes, the name alone said how a file was made; nothing was published."""
     name = entry.get("recipe")
     row = TABLE.get(name) if isinstance(name, str) else None
-    return {
-        "ftype": row.ftype if row else name,
-        "flags": list(row.flags) if row else [],
-        "static": False,
-        "remote": None,
-        "shards": [],
-        **entry,
+    return {"ftype": row.ftype if row else name, "flags": list(row.flags) if row else [], "remote": None, **entry}
+
+
+def _with_schema_4(raw: dict[str, Any]) -> dict[str, Any]:
+    """Before, every file was one file made with the set's imatrix, and nothing was held back."""
+    raw = _with_fields(raw, model={"left_out": []}, evidence={"failed": None}, files={"static": False, "shards": []})
+    added: dict[str, Any] = {
+        "split_max_size": 50_000_000_000,
+        "qat": None,
+        "pins": {},
+        "parity": None,
+        "gates": DEFAULT_GATES.model_dump(),
     }
+    return {**added, **raw}
+
+
+def _with_fields(raw: dict[str, Any], **added: dict[str, Any]) -> dict[str, Any]:
+    """The document with fields added to parts of it: to `model`, and to every one of `evidence` and `files`."""
+
+    def completed(part: object, fields: dict[str, Any]) -> object:
+        return {**fields, **part} if isinstance(part, dict) else part
+
+    new = dict(raw)
+    for name, fields in added.items():
+        part = raw.get(name)
+        if isinstance(part, list):
+            new[name] = [completed(one, fields) for one in part]
+        elif isinstance(part, dict):
+            whole = name == "model"
+            new[name] = completed(part, fields) if whole else {k: completed(one, fields) for k, one in part.items()}
+    return new
 
 
 def _no_constant(name: str) -> float:

@@ -208,7 +208,7 @@ def example() -> Manifest:
         ),
     ]
     made = Manifest(
-        schema_version=3,
+        schema_version=4,
         tool_version="0.1.0",
         stem=STEM,
         model=ModelFacts(

@@ -125,7 +125,7 @@ def test_saving_what_was_loaded_changes_no_byte(tmp_path: Path) -> None:
     first = path.read_bytes()
     manifest.save(manifest.load(tmp_path), tmp_path)
     assert path.read_bytes() == first
-    assert first.startswith(b'{\n "schema_version": 3,\n "tool_version": "0.1.0",\n')
+    assert first.startswith(b'{\n "schema_version": 4,\n "tool_version": "0.1.0",\n')
     assert first.endswith(b"\n}\n")
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
 
@@ -348,11 +348,11 @@ def test_a_name_of_256_letters(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("version", [4, 5, 10**30])
+@pytest.mark.parametrize("version", [5, 6, 10**30])
 def test_a_newer_schema_is_refused_before_its_fields_are_looked_at(tmp_path: Path, version: int) -> None:
     error = _refused(tmp_path, {"schema_version": version, "something": "new"})
     path = tmp_path / FILE_NAME
-    assert error.what == f"{path} has schema version {version}, this gemma-gguf reads up to 3"
+    assert error.what == f"{path} has schema version {version}, this gemma-gguf reads up to 4"
     assert error.next_step == "pip install --upgrade gemma-gguf"
 
 
@@ -401,6 +401,28 @@ def test_a_manifest_before_schema_3_measured_no_embeddings(
         assert all(found.quality is not None for found in loaded.evidence.values())
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_manifest_before_schema_4_held_nothing_back(tmp_path: Path, version: int) -> None:
+    """No gates, no shards, and every file was made with the set's imatrix."""
+    raw = json.loads(example().model_dump_json())
+    raw["schema_version"] = version
+    for field in ("split_max_size", "qat", "pins", "parity", "gates"):
+        del raw[field]
+    for entry in raw["files"]:
+        del entry["static"], entry["shards"]
+    for found in raw["evidence"].values():
+        del found["failed"]
+    del raw["model"]["left_out"]
+    bare: dict[str, Any] = {
+        "split_max_size": 50_000_000_000,
+        "qat": None,
+        "pins": {},
+        "parity": None,
+        "gates": manifest.DEFAULT_GATES,
+    }
+    assert _load(tmp_path, raw) == example().model_copy(update=bare)
+
+
 @pytest.mark.parametrize("broken", [{"model": 5}, {"files": "x"}, {"files": [5]}, {"files": [{"recipe": 5}]}], ids=str)
 def test_a_damaged_manifest_of_schema_1_is_refused_like_any_other(tmp_path: Path, broken: dict[str, Any]) -> None:
     raw = {**_raw(), "schema_version": 1, **broken}
@@ -438,7 +460,7 @@ def test_a_schema_version_that_is_none(tmp_path: Path, version: object) -> None:
     raw = _raw()
     raw["schema_version"] = version
     error = _refused(tmp_path, raw)
-    assert error.what == f"{tmp_path / FILE_NAME} is damaged at schema_version: Input should be 1 to 3"
+    assert error.what == f"{tmp_path / FILE_NAME} is damaged at schema_version: Input should be 1 to 4"
 
 
 @pytest.mark.parametrize(
