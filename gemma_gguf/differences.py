@@ -135,7 +135,8 @@ def _checkpoint(state: Run, model: str | None) -> tuple[source.Source | None, st
     facts = state.manifest.model
     named = f"{facts.org}/{facts.model}"
     if model is not None:
-        name = source.understand(model, named if Path(model).is_dir() else None)
+        # What its files are called was settled when the set was made.
+        name = source.told_apart(model, named if Path(model).is_dir() else None)
         if (name.org, name.model) != (facts.org, facts.model):
             raise BadInputError(
                 f"{model} is another model than {named}",

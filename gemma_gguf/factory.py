@@ -77,6 +77,7 @@ from gemma_gguf.session import (
     calibration_text,
     fitted,
     join_base,
+    model_name,
     new_entry,
     open_run,
     plan_recipe,
@@ -108,7 +109,7 @@ def run(
     started = time.monotonic()
     streams = options.publish is not None and options.publish.stream
     warnings = survey.refuse_what_cannot_work(options, in_waves=take_away is not None or streams)
-    name = source.understand(options.model, options.name, options.naming)
+    name = model_name(options)
     stages = {
         "convert": _convert_and_describe,
         "imatrix": _imatrix,

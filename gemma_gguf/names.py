@@ -52,6 +52,8 @@ def check_stem(stem: str, tags: Iterable[str] = KNOWN_TAGS) -> None:
     next_step = "Give the files another name: --name ORG/MODEL"
     if held:
         longest = max(held, key=len)
+        if longest not in KNOWN_TAGS:
+            next_step += ", or the recipe."
         raise BadInputError(
             f"files named {stem}-... would all answer to llama-server -hf REPO:{longest}", next_step=next_step
         )
@@ -61,6 +63,16 @@ def check_stem(stem: str, tags: Iterable[str] = KNOWN_TAGS) -> None:
                 f"llama-server -hf takes no file with {word!r} in its name for a model, and {stem} holds it",
                 next_step=next_step,
             )
+
+
+def unfit_tag(tag: str) -> str | None:
+    """Why no recipe can be called so, whatever the files of its set are called; None when one can."""
+    word = next((word.rstrip("-") for word in NO_MODEL if word.rstrip("-") in tag.lower()), None)
+    if word is not None:
+        return f"llama-server passes over files with {word} in their names"
+    if tag.isdecimal() or "of".endswith(tag.lower()):
+        return "llama-server would take any shards for it, whose names end in numbers: -00001-of-00002"
+    return None
 
 
 @dataclass(frozen=True)

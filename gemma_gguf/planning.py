@@ -40,6 +40,7 @@ from gemma_gguf.session import (
     is_made,
     kernels_for,
     known_recipes,
+    model_name,
     open_run,
     places,
     room_for,
@@ -99,7 +100,7 @@ class SetPlan:
 def plan_set(options: Options, *, progress: Progress = silent) -> SetPlan:
     """What making this set takes, by what exists: base and imatrix, the base alone, or only the checkpoint."""
     check_given(options)
-    name = source.understand(options.model, options.name, options.naming)
+    name = model_name(options)
     jobs = fanout.workers_for(options.jobs, options.max_memory)
     set_dir, work = places(options.out, name)
     bases = base_places(set_dir, work, name.stem)

@@ -230,6 +230,14 @@ def calibration_text(options: Options) -> calibration.Text:
     return calibration.load(options.calibration, llama_cpp.cache_dir() / "calibration")
 
 
+def model_name(options: Options) -> source.ModelName:
+    """What the run makes a set of. Raises `BadInputError` for what is no model, and for names of files that all answer
+    to one of its recipes, the user's own included."""
+    asked = {name.upper() for name in options.recipes}
+    tags = [recipe.name for recipe in options.custom if recipe.name.upper() in asked]
+    return source.understand(options.model, options.name, options.naming, tags)
+
+
 def places(out: Path, name: source.ModelName) -> tuple[Path, Path]:
     """(directory of the set, work directory) of a model."""
     out = out.resolve()

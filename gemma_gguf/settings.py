@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gemma_gguf import calibration, card, kernel_check, llama_cpp, quantize, recipes, shards, source
+from gemma_gguf import calibration, card, kernel_check, llama_cpp, names, quantize, recipes, shards, source
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import ENGINES, known_recipes
@@ -382,14 +382,14 @@ def _unfit(recipe: Recipe, others: Iterable[str]) -> Iterable[str]:
     """Why a recipe cannot stand beside the others in a repository.
 
     llama-server's `-hf REPO:TAG` takes the first file with the tag before a dot or dash, in any case, so no name may
-    end with another; it passes over files with these three words in their names.
+    end with another; `names` knows what else it does. Whether a name is in those of all files of a set, a run tells.
     """
     name = recipe.name.upper()
     clash = next((other for other in others if name.endswith(other.upper()) or other.upper().endswith(name)), None)
     if clash is not None:
         yield f"llama-server would take it for {clash}, or {clash} for it: no name may end with the other"
-    if word := next((word for word in ("MMPROJ", "IMATRIX", "MTP") if word in name), None):
-        yield f"llama-server passes over files with {word.lower()} in their names"
+    if (why := names.unfit_tag(recipe.name)) is not None:
+        yield why
     for tensor in EMBEDDINGS:
         kind = type_of(recipe, tensor)
         if kind in NOT_FOR_EMBEDDINGS:

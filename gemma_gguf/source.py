@@ -93,18 +93,19 @@ class Source:
         return self.facts.files
 
 
-def understand(model: str, name: str | None = None, naming: str = NAMINGS[0]) -> ModelName:
-    """Tell a demo, a directory and a hub id apart; `name` is `ORG/MODEL` for a directory, or for the files of a hub id,
-    `naming` one of `NAMINGS`.
+def understand(model: str, name: str | None = None, naming: str = NAMINGS[0], tags: Iterable[str] = ()) -> ModelName:
+    """What a run makes a set of, as `told_apart`; `tags` are the names of recipes beside the table's.
 
-    Raises `BadInputError` when MODEL is none of the three, or its name would make files that nobody can pick.
+    Raises `BadInputError` for what is no model, or for a name that would make files that nobody can pick.
     """
-    found = _understood(model, name, naming)
-    names.check_stem(found.stem)
+    found = told_apart(model, name, naming)
+    names.check_stem(found.stem, (*names.KNOWN_TAGS, *tags))
     return found
 
 
-def _understood(model: str, name: str | None, naming: str) -> ModelName:
+def told_apart(model: str, name: str | None = None, naming: str = NAMINGS[0]) -> ModelName:
+    """A demo, a directory or a hub id; `name` is `ORG/MODEL` for a directory, or for the files of a hub id, `naming`
+    one of `NAMINGS`. Raises `BadInputError` when MODEL is none of the three."""
     if name is not None and not re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", name):
         raise BadInputError(f"--name {name!r} is not ORG/MODEL", next_step="For example: --name my-org/my-gemma")
     if model == "demo":

@@ -39,7 +39,7 @@ from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError
 from gemma_gguf.files import partial_folder, partial_path
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.recipes import Recipe
-from gemma_gguf.session import STAGES, Options, base_places, given_checks, is_made, known_recipes, places
+from gemma_gguf.session import STAGES, Options, base_places, given_checks, is_made, known_recipes, model_name, places
 from gemma_gguf.source import ModelName
 
 T = TypeVar("T")
@@ -269,7 +269,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     for subject, check in given_checks(options):
         _tried(refused, subject, check)
     unusable = {entry.check for entry in refused}
-    name = _tried(refused, "model", lambda: source.understand(options.model, options.name, options.naming))
+    name = _tried(refused, "model", lambda: model_name(options))
     wanted = _wanted(options, refused)
     if name is None:
         return replace(facts, wanted=wanted)

@@ -3,14 +3,17 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemma_gguf import names, recipes, source
+from gemma_gguf import factory, names, planning, recipes, session, source
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.llama_cpp import Build
 from gemma_gguf.names import Picked
+from gemma_gguf.recipes import Recipe
+from gemma_gguf.session import Options
 from tests import hub
 
 STEM = "google_gemma-3-4b-it"
@@ -125,6 +128,43 @@ def test_a_model_is_refused_by_its_name_and_taken_by_another(tmp_path: Path) -> 
     assert (name.org, name.model, name.revision) == ("someone", "gemma-Q8_0", "abc")
 
 
+@pytest.mark.parametrize(("recipes_asked", "refused"), [(("IT",), True), (("Q8_0", "it"), True), (("Q8_0",), False)])
+def test_a_recipe_of_the_users_own_may_not_be_in_all_names(
+    recipes_asked: tuple[str, ...], refused: bool, tmp_path: Path
+) -> None:
+    """As with the table's: every file of gemma-it would answer to IT. A recipe that is not made is in no name."""
+    (tmp_path / "gemma-it").mkdir()
+    own = Recipe("IT", "Q4_K_M", "mine")
+    options = Options(str(tmp_path / "gemma-it"), recipes=recipes_asked, custom=(own,))
+    if not refused:
+        assert session.model_name(options).stem == "local_gemma-it"
+        return
+    for run in (session.model_name, planning.plan_set, factory.run):
+        with pytest.raises(BadInputError, match=r"files named local_gemma-it-\S+ would all answer to .* REPO:IT"):
+            run(replace(options, out=tmp_path / "out"))
+    with pytest.raises(BadInputError) as caught:
+        session.model_name(options)
+    assert caught.value.next_step == "Give the files another name: --name ORG/MODEL, or the recipe."
+    assert session.model_name(replace(options, name="me/gemma")).stem == "me_gemma"
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("MINE", None),
+        ("Q4_my_2", None),
+        ("imatrix_Q4", "passes over files with imatrix in their names"),
+        ("eagle3", "passes over files with eagle3 in their names"),
+        ("MTP", "passes over files with mtp in their names"),
+        ("2", "would take any shards for it"),
+        ("of", "would take any shards for it"),
+    ],
+)
+def test_names_that_no_recipe_can_have(tag: str, expected: str | None) -> None:
+    found = names.unfit_tag(tag)
+    assert found is None if expected is None else expected in str(found)
+
+
 # --- the real llama-server ------------------------------------------------------------------------------------------
 
 
@@ -179,6 +219,8 @@ def test_the_real_server_picks_the_same_of_a_set(server: Server, tag: str | None
     [
         pytest.param(WITH_SHARDS, "Q8_0", id="shards"),
         pytest.param(WITH_SHARDS, None, id="shards-no-tag"),
+        pytest.param(WITH_SHARDS, "of", id="shards-answer-to-of"),
+        pytest.param(WITH_SHARDS, "3", id="shards-answer-to-numbers"),
         pytest.param(NOT_DEFAULT, None, id="q8_0-is-the-second-default"),
         pytest.param(NEITHER, None, id="first-model"),
         pytest.param(["a-q8_0-b-Q4_0.gguf", "a-q8_0-b-Q8_0.gguf"], "Q8_0", id="tag-in-stem"),

@@ -27,12 +27,14 @@ from gemma_gguf import (
     quantisers,
     recipes,
     refresh,
+    session,
 )
 from gemma_gguf.differences import compare_files, sampled_rows
 from gemma_gguf.errors import BadInputError, ToolFailedError
 from gemma_gguf.files import sha256_bytes, sha256_file
 from gemma_gguf.llama_cpp import Build
 from gemma_gguf.manifest import FileDecision, ParityDifference, RefreshFacts
+from gemma_gguf.progress import silent
 from gemma_gguf.session import Options
 from gemma_gguf.stale import Converted
 from tests import checkpoints
@@ -107,6 +109,17 @@ def one(set_dir: Path, asked: refresh.Asked) -> dict[str, FileDecision]:
     assert result.error is None, result.error
     assert result.applied == asked.apply
     return {name.removeprefix(f"{STEM}-").removesuffix(".gguf"): found for name, found in result.decisions.items()}
+
+
+@pytest.mark.parametrize("stem", ["google_gemma-3-4b-it", "gemma-3-4b-it", "me_mine", "mine"])
+def test_a_set_is_opened_under_the_name_that_its_files_have(stem: str, build: Build, tmp_path: Path) -> None:
+    """Whatever --name and --naming they were given by; the model keeps its own."""
+    set_dir = tmp_path / "out" / f"{stem}-GGUF"
+    manifest.save(example().model_copy(update={"stem": stem}), set_dir)
+    options = Options("", out=tmp_path / "out")
+    with session.open_set(set_dir, options, build, progress=silent, say=lambda _: None) as state:
+        assert (state.stem, state.base.name) == (stem, f"{stem}-bf16.gguf")
+        assert (state.source.name.org, state.source.name.model) == ("google", "gemma-3-4b-it")
 
 
 # --- the real thing ------------------------------------------------------------------------------------------------

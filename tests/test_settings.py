@@ -242,6 +242,7 @@ RECIPE = '[[custom_recipes]]\nname = "MINE"\nftype = "Q4_K_M"\n'
         (RECIPE.replace("MINE", "Q4_K_M"), "custom_recipes.Q4_K_M: llama-server would take it for Q4_K_M"),
         (RECIPE.replace("MINE", "MY_q4_k_m"), "custom_recipes.MY_q4_k_m: llama-server would take it for Q4_K_M"),
         (RECIPE.replace("MINE", "K_M"), "custom_recipes.K_M: llama-server would take it for Q5_K_M, or"),
+        (RECIPE.replace("MINE", "OF"), "custom_recipes.OF: llama-server would take any shards for it"),
         (
             RECIPE.replace("MINE", "mtp_Q"),
             "custom_recipes.mtp_Q: llama-server passes over files with mtp in their names",
