@@ -2,7 +2,8 @@
 
 Consumes a `Source` and a `Build`, produces files in the work directory. The converter copies the directory's name
 and the model card into keys, so it runs on a staged directory with a stable name that holds links to exactly the
-needed files, and runs offline. It is the only step that imports torch, in its own process.
+needed files, and runs offline. What transformers 5 leaves out of a checkpoint that it saves is added there. It is the
+only step that imports torch, in its own process.
 """
 
 import importlib.util
@@ -14,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_gguf import embedding, gguf_io
+from gemma_gguf import embedding, gemma, gguf_io, vocabulary
 from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
-from gemma_gguf.files import partial_path
+from gemma_gguf.files import partial_path, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
 from gemma_gguf.manifest import ConverterFacts
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.source import Source
+from gemma_gguf.source import Source, tokenizer_json
 
 MMPROJ_TYPES = ("f16", "bf16", "f32")
 CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
@@ -57,14 +58,53 @@ def output_names(source: Source) -> list[str]:
 
 
 def stage_checkpoint(source: Source, work: Path) -> Path:
-    """A directory called like the model with links to the needed files, and nothing else."""
+    """A directory called like the model with links to the needed files, those of `completed`, and nothing else."""
     staged = work / "checkpoint" / source.name.model
     shutil.rmtree(staged.parent, ignore_errors=True)
+    written = completed(source)
     for file in source.files:
         link = staged / file
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((source.path / file).resolve())
+        if file not in written:
+            link.symlink_to((source.path / file).resolve())
+    for file, content in written.items():
+        write_atomic(staged / file, content)
     return staged
+
+
+def completed(source: Source) -> dict[str, bytes]:
+    """Files with what Google's checkpoints say and transformers 5 does not save: {name: content}.
+
+    The converter reads the vocabulary of Gemma 1 to 3n from tokenizer.model and the list of added tokens in
+    tokenizer_config.json, and looks for a key in Gemma 4's configuration whether there are experts or not.
+    """
+    family = gemma.by_gguf_arch(source.facts.gguf_arch)
+    if family is not None and family.vocabulary != "tokenizer.json":
+        return _completed_tokenizer(source)
+    config = json.loads((source.path / "config.json").read_bytes())
+    text = config.get("text_config")
+    if not isinstance(text, dict) or {"moe_intermediate_size", "expert_intermediate_size"} & text.keys():
+        return {}
+    text["moe_intermediate_size"] = None
+    return {"config.json": json.dumps(config, indent=2).encode()}
+
+
+def _completed_tokenizer(source: Source) -> dict[str, bytes]:
+    stated = source.path / "tokenizer_config.json"
+    config = json.loads(stated.read_bytes()) if stated.name in source.files else {}
+    whole = "tokenizer.model" in source.files and "added_tokens_decoder" in config
+    if whole or "tokenizer.json" not in source.files:
+        return {}
+    tokenizer = tokenizer_json(source.path)
+    written = {}
+    if "tokenizer.model" not in source.files:
+        pieces = vocabulary.pieces_of(tokenizer)
+        if pieces is None:  # of another kind: the converter reads the file itself, if it can
+            return {}
+        written["tokenizer.model"] = vocabulary.sentencepiece_model(pieces)
+    if "added_tokens_decoder" not in config and (added := vocabulary.added_tokens(tokenizer)):
+        written[stated.name] = json.dumps({**config, "added_tokens_decoder": added}).encode()
+    return written
 
 
 def converter_argv(

@@ -19,6 +19,7 @@ from gemma_gguf.errors import BadInputError, MissingToolError
 from gemma_gguf.files import HashMemory, replace_durably, write_atomic, write_stream
 from gemma_gguf.gguf_io import Header, TensorInfo
 from gemma_gguf.progress import Progress, silent
+from gemma_gguf.vocabulary import UNKNOWN, Piece, sentencepiece_model
 
 ORG, MODEL = "google", "gemma-3-270m"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -81,14 +82,14 @@ def rebuild_checkpoint(packaged: Path, target: Path, progress: Progress = silent
     """
     try:
         import safetensors  # noqa: F401, PLC0415 - asked for here so that a missing one is said before any work
-        from sentencepiece import sentencepiece_model_pb2 as sp  # noqa: PLC0415
+        from sentencepiece import sentencepiece_model_pb2  # noqa: F401, PLC0415
     except ImportError as error:
         raise MissingToolError(
             f"rebuilding the demo checkpoint needs {error.name}", next_step="pip install 'gemma-gguf[demo]'"
         ) from error
     header = gguf_io.read_header(packaged)
     target.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(header, target, sp)
+    _write_tokenizer(header, target)
     arrays: dict[str, npt.NDArray[np.uint16]] = {}  # a TensorSpec holds an address, so the bytes must stay alive
     for done, tensor in enumerate(header.tensors):
         progress("demo checkpoint", done, len(header.tensors), "tensors")
@@ -132,28 +133,17 @@ def hf_name(tensor: TensorInfo) -> str:
     return f"model.layers.{layer}.{_BLOCK_TENSORS[rest]}"
 
 
-def _write_tokenizer(header: Header, target: Path, sp: Any) -> None:
+def _write_tokenizer(header: Header, target: Path) -> None:
     tokens: list[str] = header.get("tokenizer.ggml.tokens")
     scores: list[float] = header.get("tokenizer.ggml.scores")
     types: list[int] = header.get("tokenizer.ggml.token_type")
     special = {name: header.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
-    model = sp.ModelProto()
-    model.trainer_spec.model_type = sp.TrainerSpec.BPE
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.vocab_size = len(tokens)
-    model.trainer_spec.unk_id = special["unknown"]
-    model.trainer_spec.bos_id = special["bos"]
-    model.trainer_spec.eos_id = special["eos"]
-    model.trainer_spec.pad_id = special["padding"]
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    for index, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
-        piece = model.pieces.add()
-        piece.piece, piece.score = token, score
-        # GGUF's token types are SentencePiece's; the converter turns an unknown token listed as special into control.
-        piece.type = sp.ModelProto.SentencePiece.UNKNOWN if index == special["unknown"] else kind
-    write_atomic(target / "tokenizer.model", model.SerializeToString())
+    # GGUF's token types are SentencePiece's; the converter turns an unknown token listed as special into control.
+    unknown = special["unknown"]
+    rows = zip(tokens, scores, types, strict=True)
+    pieces = [Piece(text, score, UNKNOWN if n == unknown else kind) for n, (text, score, kind) in enumerate(rows)]
+    ids = {name: special[told] for name, told in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    write_atomic(target / "tokenizer.model", sentencepiece_model(pieces, ids))
     # Without this list the newline-run tokens are lost on conversion and perplexity doubles.
     added = {
         str(index): {"content": tokens[index], "special": kind == TOKEN_CONTROL}

@@ -70,7 +70,8 @@ def facts(modules: Any, described: Mapping[str, Any]) -> EmbeddingFacts:
     if not any(kind == "Pooling" for kind, _ in kinds):
         raise BadInputError(
             "this embedding model has no modules.json that names its pooling",
-            next_step="Download the whole repository: modules.json, 1_Pooling, 2_Dense and 3_Dense belong to it.",
+            next_step="Download the whole repository: modules.json, 1_Pooling, 2_Dense and 3_Dense belong to it. "
+            "What transformers saved lacks them: copy them from the model that it was tuned from.",
         )
     prompts = described.get("prompts")
     named = prompts.items() if isinstance(prompts, dict) else ()

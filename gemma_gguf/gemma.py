@@ -150,6 +150,17 @@ _BY_GGUF_ARCH: Mapping[str, Family] = {family.gguf_arch: family for family in FA
 WITHOUT_LOGITS = frozenset(family.gguf_arch for family in FAMILIES if not family.logits)  # of general.architecture
 
 
+# By projector: those whose pictures the converter scales as the processor's files say (it has constants for 3n), and
+# how the names of the tensors begin that it knows, where transformers has other names for them in its code.
+SCALED_BY_PROCESSOR = frozenset({"gemma3", "gemma4v", "gemma4uv"})
+TOWERS: Mapping[str, str] = {"gemma3": "vision_tower.vision_model.", "gemma4uv": "model.vision_embedder."}
+
+
+def is_vision(tensor: str) -> bool:
+    """Whether a tensor of a checkpoint, by its name, is one that it sees with."""
+    return _VISION.search(tensor) is not None
+
+
 def family_of(architecture: str) -> Family | None:
     """The family of a class name such as `Gemma3ForCausalLM`, or None when it is not a Gemma we make sets of."""
     return _BY_ARCHITECTURE.get(architecture)

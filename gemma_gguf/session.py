@@ -374,7 +374,7 @@ def open_run(
     set_dir, work = places(options.out, name)
     with open_work(work, wait=options.wait) as log:
         memory = HashMemory(work / "hashes.json", rehash=options.rehash)
-        found = source.fetch(name, work, memory, progress)
+        found = source.fetch(name, work, memory, progress, projectors=options.mmproj)
         if not options.mmproj:
             found = source.reading(found)
         if name.location is not None:  # `refresh` looks for the checkpoint there; a manifest names no place

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from gemma_gguf import demo, embedding, gemma, names, qat
+from gemma_gguf import demo, embedding, gemma, names, qat, vocabulary
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
 from gemma_gguf.files import HashMemory, is_dir
 from gemma_gguf.manifest import EmbeddingFacts, ModelFacts, Sampling
@@ -53,6 +53,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_SAFETENSORS_HEADER = 16_000_000  # 0.2 MB in a shard of 27B
 MAX_JSON = 16_000_000  # tokenizer_config.json: 1.2 MB
 MAX_TOKENIZER = 256_000_000  # tokenizer.json: 33 MB; it is the converter that reads it
+MAX_TOKENIZER_READ = 64_000_000  # where it is read here, as there is no tokenizer.model
 MAX_TEMPLATE = 1_000_000  # 20 kB
 MAX_FRONT_MATTER = 1_000_000  # characters
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -142,11 +143,17 @@ def is_hub_id(repo: str) -> bool:
 
 
 def fetch(
-    name: ModelName, work: Path, memory: HashMemory, progress: Progress = silent, *, download: bool = True
+    name: ModelName,
+    work: Path,
+    memory: HashMemory,
+    progress: Progress = silent,
+    *,
+    download: bool = True,
+    projectors: bool = False,
 ) -> Source:
     """Have the checkpoint on this disk and read its facts. `work` is where the demo is rebuilt.
 
-    Without `download` a hub model must be in the hub's cache already.
+    Without `download` a hub model must be in the hub's cache already. With `projectors` it must hold what they need.
     """
     if name.origin == "hub":
         path, commit = _download(name) if download else _downloaded(name)
@@ -155,7 +162,7 @@ def fetch(
     else:
         assert name.location is not None
         path, commit = name.location, None
-    found = examine(path)
+    found = examine(path, projectors=projectors)
     files, family = found.files, found.family
     _refuse_lost_output(path, found)
     vision, audio = gemma.modalities(found.architecture, found.config, found.tensors)
@@ -211,8 +218,10 @@ class Examined:
     embedding: EmbeddingFacts | None  # of a model that gives embeddings
 
 
-def examine(path: Path) -> Examined:
-    """Look at a checkpoint on this disk. Raises `BadInputError` with the first reason why it cannot be used."""
+def examine(path: Path, *, projectors: bool = False) -> Examined:
+    """Look at a checkpoint on this disk. Raises `BadInputError` with the first reason why it cannot be used;
+    with `projectors` also when it sees, but no projector can be made of it.
+    """
     files = _needed_files(path)
     _refuse_links(path, files)
     _refuse_unusable(path)
@@ -220,9 +229,13 @@ def examine(path: Path) -> Examined:
     config = _json(path / "config.json")
     architecture, family = _architecture(path, config)
     _refuse_without_vocabulary(path, family, files)
+    _refuse_other_vocabulary(path, family, files)
     said = _embedding(path) if family.gguf_arch in gemma.WITHOUT_LOGITS else None
     weights = [file for file in files if said is not None or "/" not in file]
-    return Examined(tuple(files), config, architecture, family, _tensor_shapes(path, weights), said)
+    tensors = _tensor_shapes(path, weights)
+    if projectors and gemma.modalities(architecture, config, tensors)[0]:
+        _refuse_without_projector(path, family.architectures[architecture].vision, tensors)
+    return Examined(tuple(files), config, architecture, family, tensors, said)
 
 
 def _embedding(path: Path) -> EmbeddingFacts:
@@ -307,14 +320,14 @@ class Preview:
     n_vocab: int = 0  # 0 when it cannot be told, or when the model has no logits
 
 
-def preview(name: ModelName, work: Path) -> Preview:
+def preview(name: ModelName, work: Path, *, projectors: bool = False) -> Preview:
     """Look at a model without downloading its weights; raises what `fetch` would raise for it."""
     if name.origin == "hub":
         return _hub_preview(name)
     path = name.location if name.location is not None else work / "demo" / demo.MODEL
     if name.origin == "demo" and not (path / "config.json").is_file():
         return Preview(demo.N_PARAMETERS, demo.N_EMBEDDING, 0, 0, demo.N_VOCAB)
-    found = examine(path)
+    found = examine(path, projectors=projectors)
     return _counts(found.tensors, _n_vocab(found.config, found.family))
 
 
@@ -518,13 +531,13 @@ def _refuse_code(path: Path, files: Iterable[str]) -> None:
             raise refused(file, "auto_map")
 
 
-def _json_value(path: Path) -> Any:
+def _json_value(path: Path, limit: int = MAX_JSON) -> Any:
     """The content of a JSON file of bounded size, refused when it could not be written again."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON:
-            raise BadInputError(f"{path} has more than the {MAX_JSON:,} bytes that are read")  # it grew just now
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise BadInputError(f"{path} has more than the {limit:,} bytes that are read")  # it may have grown just now
         value = json.loads(data.decode("utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -555,15 +568,80 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, gemma.Fam
 
 
 def _refuse_without_vocabulary(where: object, family: gemma.Family, files: Iterable[str]) -> None:
-    """The converter reads the vocabulary of some generations from one file alone; what transformers 5 saves of a
-    fine-tuned Gemma 2, for example, lacks it.
+    """The converter reads the vocabulary of some generations from one file alone. Where that is tokenizer.model, it can
+    be made of a tokenizer.json (`vocabulary`): that is all of it that transformers 5 saves.
     """
-    if family.vocabulary is not None and family.vocabulary not in files:
+    there = {*files} & {*TOKENIZERS}
+    if family.vocabulary is not None and not there & {family.vocabulary, *_stands_for(family.vocabulary)}:
+        raise _no_vocabulary(where, family, family.vocabulary)
+
+
+def _stands_for(file: str) -> set[str]:
+    return {"tokenizer.json"} if file == "tokenizer.model" else set()
+
+
+def _no_vocabulary(where: object, family: gemma.Family, file: str) -> BadInputError:
+    return BadInputError(
+        f"{where} has no {file}, from which llama.cpp's converter reads {family.name}'s vocabulary",
+        next_step=f"Copy {file} and tokenizer_config.json from the model that it was tuned from, "
+        "unless tokens were added to it.",
+    )
+
+
+def _refuse_other_vocabulary(path: Path, family: gemma.Family, files: Iterable[str]) -> None:
+    """A tokenizer.json of which no tokenizer.model can be made, where the converter needs one."""
+    if family.vocabulary != "tokenizer.model" or family.vocabulary in files:
+        return
+    if vocabulary.pieces_of(tokenizer_json(path)) is None:
+        raise _no_vocabulary(path, family, family.vocabulary)
+
+
+def tokenizer_json(path: Path) -> dict[str, Any]:
+    """The `tokenizer.json` of a checkpoint."""
+    value = _json_value(path / "tokenizer.json", MAX_TOKENIZER_READ)
+    return value if isinstance(value, dict) else {}
+
+
+def _refuse_without_projector(path: Path, projector: str | None, tensors: Iterable[str]) -> None:
+    """What the converter needs to make a projector, which it would miss only after it has written the base: how
+    pictures are scaled, and tensors with the names of Google's files.
+    """
+    no_mmproj = "make the set without projectors: --no-mmproj"
+    if projector in gemma.SCALED_BY_PROCESSOR and not {"image_mean", "image_std"} <= _picture_settings(path).keys():
         raise BadInputError(
-            f"{where} has no {family.vocabulary}, from which llama.cpp's converter reads {family.name}'s vocabulary",
-            next_step=f"Copy {family.vocabulary} and tokenizer_config.json from the model that it was tuned from, "
-            "unless tokens were added to it.",
+            f"{path} sees, but neither preprocessor_config.json nor processor_config.json says how it scales pictures "
+            "(image_mean, image_std)",
+            next_step="Copy both files, as far as there are two, from the model that it was tuned from (transformers "
+            f"saves them with the processor: processor.save_pretrained), or {no_mmproj}",
         )
+    root = gemma.TOWERS.get(str(projector))
+    if root is not None and not any(name.startswith(root) for name in tensors):
+        seen = next(name for name in tensors if gemma.is_vision(name))
+        raise BadInputError(
+            f"{path} names what it sees with otherwise than Google's files ({seen[:80]}, not {root}...), and "
+            "llama.cpp's converter does not know these names",
+            next_step="Save it with the names of the model that it was tuned from, then copy tokenizer and processor "
+            f"files beside it:\n{_RENAMING.format(path=str(path))}\nOr {no_mmproj}",
+        )
+
+
+# A model that was loaded from Google's files is saved with their names; one that was never is saved with the code's.
+_RENAMING = (
+    "python -c \"from transformers import AutoModelForImageTextToText as M; m = M.from_pretrained('ORIGINAL', "
+    "dtype='auto'); m.load_state_dict(M.from_pretrained({path!r}, dtype='auto').state_dict()); "
+    "m.save_pretrained('RENAMED')\""
+)
+
+
+def _picture_settings(path: Path) -> dict[str, Any]:
+    """What both files say of pictures; transformers 5 keeps it inside of `processor_config.json`."""
+    said: dict[str, Any] = {}
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (path / file).is_file():
+            found = _json(path / file)
+            inner = found.get("image_processor")
+            said |= found | (inner if isinstance(inner, dict) else {})
+    return said
 
 
 def _refuse_lost_output(path: Path, found: Examined) -> None:

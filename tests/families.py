@@ -3,7 +3,8 @@
 `write` makes them in a child process, `python -m tests.families DIRECTORY NAME...`: it alone imports torch. Weights and
 configurations come from `save_pretrained` (two safetensors shards and their index); what Google's own checkpoints hold
 beyond that is added: keys and values of layers that take them from earlier ones, and the tower of Gemma 3n, whose code
-is another library's. All columns of quantised weights are divisible by 256.
+is another library's. All columns of quantised weights are divisible by 256. `save_again` loads some of them in such a
+process and saves them, as those do who tune them.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 from tests import checkpoints, gemma4
 
 SEED = 20261122
+SAVE_AGAIN = "--save-again"
 # The tokens of Gemma 1 and 2 that are no text, at the places they have there; Gemma 3 has one more before the turns.
 _UNUSED = {"<fim_prefix>": 67, "<fim_middle>": 68, "<fim_suffix>": 69, "<file_separator>": 70}
 _FIRST = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]")
@@ -53,8 +55,6 @@ class Checkpoint:
     build: Callable[[int], tuple[Any, Any]]
     tokenizer: Callable[[Path], int]  # writes its files, returns the size of the vocabulary
     preprocessor: Mapping[str, Any] | None = None
-    # What Google's text configuration says and transformers 5.23 leaves out when it saves; the converter asks for it.
-    written_by_google: Mapping[str, Any] | None = None
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------
@@ -369,12 +369,6 @@ def _seeded(model: Any) -> dict[str, Any]:
     return tensors
 
 
-def _add_to_text_config(path: Path, more: Mapping[str, Any]) -> None:
-    config = json.loads(path.read_text())
-    config["text_config"] |= more
-    path.write_text(json.dumps(config, indent=2))
-
-
 def _save(checkpoint: Checkpoint, directory: Path) -> None:
     """Everything of one checkpoint, into an empty directory."""
     import torch  # noqa: PLC0415
@@ -392,8 +386,6 @@ def _save(checkpoint: Checkpoint, directory: Path) -> None:
         saves.dtype = torch.bfloat16
         saves.save_pretrained(directory)
         save_torch_state_dict(tensors, directory, max_shard_size=n_bytes, metadata={"format": "pt"})
-    if checkpoint.written_by_google:
-        _add_to_text_config(directory / "config.json", checkpoint.written_by_google)
     if checkpoint.preprocessor is not None:
         (directory / "preprocessor_config.json").write_text(json.dumps(checkpoint.preprocessor))
     (directory / "README.md").write_text(checkpoints.CARD.replace("image-text-to-text", "text-generation"))
@@ -417,14 +409,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
         Checkpoint("gemma-4-dense", "Gemma 4", _gemma4_dense, _tokenizer_json, _IMAGES),
         Checkpoint("gemma-4-experts", "Gemma 4", _gemma4_experts, _tokenizer_json, _IMAGES),
         Checkpoint("gemma-4-e", "Gemma 4", _gemma4_e, _tokenizer_json, _IMAGES),
-        Checkpoint(
-            "gemma-4-unified",
-            "Gemma 4",
-            _gemma4_unified,
-            _tokenizer_json,
-            _IMAGES,
-            {"hidden_size_per_layer_input": 0, "enable_moe_block": False, "moe_intermediate_size": None},
-        ),
+        Checkpoint("gemma-4-unified", "Gemma 4", _gemma4_unified, _tokenizer_json, _IMAGES),
     )
 }
 
@@ -437,10 +422,31 @@ def write(directory: Path, names: Iterable[str] = tuple(CHECKPOINTS)) -> dict[st
     return paths
 
 
-def main(directory: Path, names: Iterable[str]) -> None:
-    for name in names:
-        _save(CHECKPOINTS[name], directory / name)
+def save_again(originals: Mapping[str, Path], directory: Path) -> dict[str, Path]:
+    """{name: a fine-tune of it}: loaded and saved by transformers, the model and its tokenizer, in a child process."""
+    pairs = [word for name, path in originals.items() for word in (str(path), str(directory / name))]
+    subprocess.run([sys.executable, "-m", "tests.families", SAVE_AGAIN, *pairs], check=True)
+    return {name: directory / name for name in originals}
+
+
+def _save_again(original: Path, directory: Path) -> None:
+    import torch  # noqa: PLC0415
+    import transformers as hf  # noqa: PLC0415
+
+    (architecture,) = json.loads((original / "config.json").read_text())["architectures"]
+    model = getattr(hf, architecture).from_pretrained(original, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    hf.AutoTokenizer.from_pretrained(original).save_pretrained(directory)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == SAVE_AGAIN:
+        for original, directory in zip(arguments[1::2], arguments[2::2], strict=True):
+            _save_again(Path(original), Path(directory))
+        return
+    for name in arguments[1:]:
+        _save(CHECKPOINTS[name], Path(arguments[0]) / name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

@@ -16,6 +16,7 @@ from gemma_gguf import (
     card,
     embedding,
     evaluate,
+    evidence,
     factory,
     gates,
     gguf_io,
@@ -24,13 +25,17 @@ from gemma_gguf import (
     memory,
     pictures,
     proof,
+    publish,
     recipes,
     source,
 )
 from gemma_gguf.embedding import Vectors
-from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, NoFiguresError, ToolFailedError, VerificationError
+from gemma_gguf.evidence import Measuring
+from gemma_gguf.files import sha256_file
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import EmbeddingFacts, Manifest
+from gemma_gguf.publish import Candidate, Finding, LocalFile
 from gemma_gguf.session import Options, Report
 from tests.embedding_gemma import DENSE, MODULES, PROMPTS, write_embedding_gemma
 from tests.test_card_commands import ask, blocks, lines, running
@@ -229,6 +234,61 @@ def test_files_are_measured_by_their_embeddings(facts: Manifest) -> None:
     assert values[1] > 0.999
     assert values[-1] < values[1] - 0.01  # else nothing was compared
     assert all(figures.cosine_min <= figures.cosine.value for figures in found.values())
+
+
+NAN_SCALE = {"Q8_0": b"\x00\x7e", "BF16": b"\xc0\x7f"}  # where a block of Q8_0, and a weight of BF16, begins
+
+
+def with_nan(made: Report, facts: Manifest, recipe: str, directory: Path) -> Path:
+    """A copy of three files of the set, unmeasured, NaN in a matrix of the first layer of one of them.
+
+    In one whose output is not quantised next: ggml's Q8_0 makes numbers of NaN, and the vectors are finite, if wrong.
+    """
+    copied = directory / made.set_dir.name
+    copied.mkdir()
+    kept = []
+    for entry in facts.files:
+        if entry.recipe not in ("bf16", "Q8_0", "Q4_K_M"):
+            continue
+        path = Path(shutil.copy(made.set_dir / entry.name, copied))
+        if entry.recipe == recipe:
+            tensor = gguf_io.read_header(path).by_name["blk.0.ffn_down.weight"]
+            with path.open("r+b") as file:
+                file.seek(tensor.offset)
+                file.write(NAN_SCALE[tensor.ggml_type.name])
+        kept.append(entry.model_copy(update={"sha256": sha256_file(path)}))
+    manifest.save(facts.model_copy(update={"files": kept, "evidence": {}}), copied)
+    return copied
+
+
+def test_an_evaluation_notes_a_file_without_finite_embeddings_and_goes_on(
+    made: Report, facts: Manifest, tmp_path: Path
+) -> None:
+    """It is marked, the others are measured, and the set is not published while it is in it."""
+    how = Measuring(chunks=LINES, bench=("none",), threads=1)
+    measured = evidence.evaluate_set(with_nan(made, facts, "Q8_0", tmp_path), how)
+    entries = {str(entry.recipe): entry for entry in measured.files}
+    found = measured.evidence[entries["Q8_0"].sha256]
+    assert (found.quality, found.similarity) == (None, None)
+    assert found.failed is not None
+    assert (found.failed.mode, found.failed.n_chunks) == ("embedding", LINES)
+    assert found.failed.why == "embeddings hold NaN or Inf, or have no direction"
+    assert sorted(gates.closeness(measured)) == sorted(entries[name].name for name in ("bf16", "Q4_K_M"))
+    why = f"gives no finite figures: {found.failed.why}"
+    assert measured.gates.held == {entries["Q8_0"].name: why}
+    assert "⛔ Broken: it gives no finite figures." in card.render(measured).replace("\u00a0", " ")
+
+    local = {entry.name: LocalFile(entry.n_bytes, entry.sha256) for entry in measured.files}
+    refused = publish.refusals(Candidate(measured, local, {}, publish.Listing(), "me/m"), publish.GATES_OF_FILES)
+    assert [finding.what for finding in refused] == [f"{entries['Q8_0'].name}: {why}"]
+    assert all(isinstance(finding, Finding) and finding.next_step for finding in refused)
+
+
+def test_a_base_without_finite_embeddings_stops_the_evaluation(made: Report, facts: Manifest, tmp_path: Path) -> None:
+    broken = with_nan(made, facts, "bf16", tmp_path)
+    with pytest.raises(NoFiguresError, match=r"bf16\.gguf"):
+        evidence.evaluate_set(broken, Measuring(chunks=LINES, bench=("none",), threads=1))
+    assert manifest.load(broken).evidence == {}
 
 
 def test_speed_is_that_of_reading(facts: Manifest) -> None:

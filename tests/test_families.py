@@ -1,6 +1,8 @@
 """Every Gemma family through the whole factory on the real build, from a checkpoint as Hugging Face writes them."""
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import Manifest
 from gemma_gguf.session import Options, Report
-from tests import families
+from tests import families, gemma4
 
 FEW = ("bf16", "Q4_K_M", "IQ2_XXS")
 WITH_LARGE = ("merge", "gemma-3n", "gemma-4-e")  # the row that differs from its parent is looked at, too
@@ -156,6 +158,67 @@ def test_gemma_3_with_vision_goes_all_the_way(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.test_families.CHUNKS", set_options.chunks)
         go_all_the_way(made, lambda step, what: family_row("gemma-3 vision", step, what))
+
+
+# --- fine-tunes, as transformers saves them -------------------------------------------------------------------------
+
+SAVED = ("gemma-2", "merge", "gemma-4-unified")  # a tokenizer.model, added tokens beside one, a processor
+
+
+@pytest.fixture(scope="module")
+def saved(written: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints that were loaded and saved by transformers 5; of the processor's files, what it needs to see."""
+    originals = {name: written[name] for name in SAVED}
+    made = families.save_again(originals, tmp_path_factory.mktemp("saved"))
+    shutil.copy(written["gemma-4-unified"] / "preprocessor_config.json", made["gemma-4-unified"])
+    return made
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_transformers_saved_converts_to_the_same_base(
+    name: str, saved: dict[str, Path], sets: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizer.json alone is left of the vocabulary; what is made of it has the same tokens, types and order."""
+    assert not (saved[name] / "tokenizer.model").exists()
+    assert "added_tokens_decoder" not in json.loads((saved[name] / "tokenizer_config.json").read_text())
+    monkeypatch.setattr(convert, "MMPROJ_TYPES", ("f16",))
+    again = factory.run(
+        Options(str(saved[name]), name=f"test/{name}", out=tmp_path, recipes=("bf16",), until="convert")
+    )
+    facts, original = manifest.load(again.set_dir), sets(name)
+    assert facts.parity is not None
+    assert facts.parity.differences == []
+    (path,) = tmp_path.rglob("*-bf16.gguf")
+    ours, theirs = gguf_io.read_header(path), original.header("bf16")
+    assert set(ours.by_name) == set(theirs.by_name)  # in the order in which transformers saved them
+    for tensor in ours.tensors:
+        assert np.array_equal(ours.read(tensor), theirs.read(theirs.by_name[tensor.name])), tensor.name
+    for key in ("tokens", "token_type", "merges", "add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id"):
+        assert ours.get(f"tokenizer.ggml.{key}") == theirs.get(f"tokenizer.ggml.{key}"), key
+    projectors = [entry for entry in original.facts.files if entry.kind == "mmproj"]
+    assert len(list(tmp_path.rglob("mmproj-*.gguf"))) == len(projectors)
+
+
+def test_tokens_that_the_converter_makes_visible_are_said_to_be_left_out(sets: Callable[[str], Made]) -> None:
+    """llama.cpp reads Gemma 4's marks of thoughts and tools in plain text, too, so that was not compared."""
+    made = sets("gemma-4-experts")
+    assert made.facts.parity is not None
+    told = {where: why for where, why in made.facts.parity.left_out.items() if where.startswith("token ")}
+    visible = (
+        "<|channel>",
+        "<channel|>",
+        "<|tool_call>",
+        "<tool_call|>",
+        "<|tool_response>",
+        "<tool_response|>",
+        '<|"|>',
+    )
+    tokens = made.header("bf16").get("tokenizer.ggml.tokens")
+    assert set(told) == {f"token {tokens.index(text)} {text!r} in plain text" for text in visible}
+    assert set(told.values()) == {
+        "llama.cpp reads it in any text, as the file types it; where special tokens are parsed it was compared"
+    }
+    assert (made.facts.parity.differences, made.facts.parity.n_added) == ([], len(gemma4.SPECIAL))
 
 
 # --- E models ------------------------------------------------------------------------------------------------------

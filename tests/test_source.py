@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,60 @@ def test_a_vocabulary_that_the_converter_cannot_read(
     with pytest.raises(BadInputError, match=f"has no {missing}, from which") as caught:
         fetch(made)
     assert f"Copy {missing}" in (caught.value.next_step or "")
+
+
+def write_seeing(directory: Path, architecture: str, tensors: Sequence[str], **files: object) -> Path:
+    made = write_small(directory, architecture, vision_config={})
+    (made / "model.safetensors").write_bytes(safetensors_bytes(dict.fromkeys(("model.norm.weight", *tensors), (4,))))
+    for name, content in files.items():
+        (made / f"{name}.json").write_text(json.dumps(content))
+    return made
+
+
+GEMMA3, UNIFIED = "Gemma3ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"
+SIGLIP = "vision_tower.vision_model.post_layernorm.weight"
+SCALED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+NAMES, SCALES = "names what it sees with otherwise", "says how it scales pictures"
+PROJECTORS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
+    "as Google's": (GEMMA3, SIGLIP, {"preprocessor_config": SCALED}, None),
+    "as a processor of transformers 5 is saved": (
+        GEMMA3,
+        SIGLIP,
+        {"processor_config": {"image_processor": SCALED}},
+        None,
+    ),
+    "no processor": (GEMMA3, SIGLIP, {}, SCALES),
+    "half of it": (GEMMA3, SIGLIP, {"preprocessor_config": {"image_mean": [0.5] * 3}}, SCALES),
+    "Gemma 4 without a processor": ("Gemma4ForConditionalGeneration", "model.vision_tower.x", {}, SCALES),
+    "Gemma 3n needs none": ("Gemma3nForConditionalGeneration", "model.vision_tower.x", {}, None),
+    "the code's names": (GEMMA3, "vision_tower.post_layernorm.weight", {"preprocessor_config": SCALED}, NAMES),
+    "not the original format": (
+        GEMMA3,
+        "model.vision_tower.post_layernorm.weight",
+        {"processor_config": SCALED},
+        NAMES,
+    ),
+    "unified": (UNIFIED, "model.vision_embedder.patch_dense.weight", {"preprocessor_config": SCALED}, None),
+    "unified, the code's": (UNIFIED, "model.embed_vision.patch_dense.weight", {"preprocessor_config": SCALED}, NAMES),
+    "no tower": (GEMMA3, "model.other.weight", {}, None),
+}
+
+
+@pytest.mark.parametrize("case", PROJECTORS)
+def test_a_projector_that_cannot_be_made_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    """The converter would end after the base was written; without projectors the set can be made."""
+    architecture, tensor, files, why = PROJECTORS[case]
+    made = write_seeing(tmp_path / "m", architecture, [tensor], **files)
+    name = source.understand(str(made))
+    assert source.examine(made).architecture == architecture
+    assert source.preview(name, tmp_path).n_parameters == 8
+    if why is None:
+        assert source.preview(name, tmp_path, projectors=True).n_parameters == 8
+        return
+    for look in (source.examine, lambda path, projectors: source.preview(name, path, projectors=projectors)):
+        with pytest.raises(BadInputError, match=why) as caught:
+            look(made, projectors=True)
+        assert "--no-mmproj" in (caught.value.next_step or "")
 
 
 def test_an_output_matrix_that_would_be_lost(tmp_path: Path) -> None:
