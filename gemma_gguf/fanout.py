@@ -351,6 +351,9 @@ def prepare(job: dict[str, Any], job_dir: Path, outputs: Sequence[Output]) -> tu
     job = {**job, "nonce": uuid.uuid4().hex}
     write_atomic(_tasks_path(job_path), json.dumps(job.pop("tasks")))
     write_atomic(job_path, json.dumps(job))
+    for path in map(Path, old["outputs"] if old is not None else []):
+        if path.is_relative_to(job_dir.parent):  # the job of a copied directory names files of the original
+            path.unlink(missing_ok=True)
     try:
         for output in outputs:
             _reserve(output)
@@ -403,6 +406,15 @@ def load_job(job_path: Path) -> dict[str, Any]:
     return {**json.loads(job_path.read_text()), "tasks": json.loads(_tasks_path(job_path).read_text())}
 
 
+def interrupted(job_dir: Path, inputs: str) -> frozenset[str]:
+    """Recipes of the job that an earlier run over the same inputs did not end."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        old = load_job(job_dir / "job.json")
+        if old["inputs"] == inputs:
+            return frozenset(old["recipes"])
+    return frozenset()
+
+
 def workers_for(jobs: int | None, max_memory: int) -> int:
     """How many worker processes to start: `jobs`, or one per core, as far as the memory goes."""
     return max(1, min(jobs or os.cpu_count() or 1, max_memory // WORKER_BYTES))
@@ -417,6 +429,38 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Workers:
+    """Worker processes on this machine for many jobs, one after the other: they keep ggml's tables, which take longer
+    than the few rows of a small job. They are started when they are asked for, and anew after one of them died.
+
+    Job files are to lie in `directory`, which is for these workers alone.
+    """
+
+    def __init__(self, jobs: int, directory: Path) -> None:
+        self.jobs, self.directory = jobs, directory
+        self._running = contextlib.ExitStack()
+        self._pool: Executor | None = None
+
+    def pool(self) -> Executor:
+        if self._pool is None:
+            self._pool = self._running.enter_context(local_executor(self.jobs, self.directory))
+        return self._pool
+
+    def end(self) -> None:
+        self._pool = None
+        self._running.close()
+
+
+@contextlib.contextmanager
+def workers_in(directory: Path, jobs: int) -> Iterator[Workers]:
+    """Workers that end with the block; none is started before it is needed."""
+    workers = Workers(jobs, directory)
+    try:
+        yield workers
+    finally:
+        workers.end()
 
 
 def in_a_worker(directory: Path, what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

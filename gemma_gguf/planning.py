@@ -18,6 +18,7 @@ from gemma_gguf import (
     gguf_io,
     imatrix,
     plan,
+    proof,
     quantize,
     recipes,
     source,
@@ -243,7 +244,13 @@ def _estimate(
 
 def _proof_bytes(state: Run, sizes: Mapping[str, int]) -> int:
     """What the file takes that is made twice to prove the rest, beside all of `sizes`."""
-    return sizes[recipes.for_proof(sizes)] if state.options.proves and sizes else 0
+    return sizes[recipes.for_proof(sizes)] if will_prove(state) and sizes else 0
+
+
+def will_prove(state: Run) -> bool:
+    """Whether this run makes a file twice. Not where it only goes on with waves of which an earlier one was proven:
+    the file that was to be made twice is gone, and a larger one in its place might not fit any more."""
+    return state.options.proves and not (state.take_away is not None and proof.is_proven(state))
 
 
 def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str, float]) -> list[list[str]]:

@@ -51,6 +51,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
 
     Raises `GemmaGGUFError` subclasses; files that were finished by then are named and recorded.
     """
+    proof.remove_leftovers(state.work)
     header = gguf_io.read_header(state.base)
     base_sha = state.memory.sha256(state.base)
     imatrix_sha = state.memory.sha256(state.set_dir / imatrix.file_name(state.stem))
@@ -160,10 +161,9 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[Todo], inputs: str)
         planning.refuse_what_does_not_fit(state, list(outputs.values()))
         waves = [list(outputs)]
     else:
-        waves = planning.waves_for(state, list(outputs.values()), speeds)
-    to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
-    # What is taken away should have been proven before.
-    waves.sort(key=lambda wave: to_prove not in wave)
+        waves = _waves(state, outputs, speeds, inputs)
+    proves = planning.will_prove(state)
+    to_prove = recipes.for_proof({name: outputs[name].header.file_size for name in waves[0]})
     for wave in waves:
         items = [item for item in made if item.recipe.name in wave]
         if state.options.engine == "fanout":
@@ -172,9 +172,26 @@ def _make(state: Run, header: gguf_io.Header, made: Sequence[Todo], inputs: str)
         else:
             for item in items:
                 _loop_once(state, item)
-        if state.options.proves and to_prove in wave:
+        if proves and to_prove in wave:
             proof.prove_run(state, again=True)
         yield [state.set_dir / file_name(state, item.recipe) for item in items]
+
+
+def _waves(
+    state: Run, outputs: Mapping[str, fanout.Output], speeds: Mapping[str, float], inputs: str
+) -> list[list[str]]:
+    """The recipes in waves that fit. The first holds what proves the rest: what is taken away was proven before.
+
+    What an interrupted run had begun comes first where it fits: its partial files lie there, and take room.
+    """
+    waves = planning.waves_for(state, list(outputs.values()), speeds)
+    earlier = fanout.interrupted(state.work / "fanout", inputs)
+    begun = [name for name in outputs if name in earlier]
+    if begun and len(planning.waves_for(state, [outputs[name] for name in begun], speeds)) == 1:
+        rest = [[name for name in wave if name not in begun] for wave in waves]
+        return [begun, *filter(None, rest)]
+    to_prove = recipes.for_proof({name: output.header.file_size for name, output in outputs.items()})
+    return sorted(waves, key=lambda wave: to_prove not in wave)
 
 
 def _kernels(state: Run) -> Checked:

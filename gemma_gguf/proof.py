@@ -38,6 +38,8 @@ from gemma_gguf.session import (
     open_work,
 )
 
+REFERENCE = "reference"  # begins the name of llama-quantize's file
+
 
 def reference_argv(
     build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None, *, base: Path | None = None
@@ -56,6 +58,20 @@ def reference_argv(
     )
 
 
+def is_proven(state: Run) -> bool:
+    """Whether an earlier run of this build proved files of the set as it is; they may be published by now."""
+    record = state.manifest.stages.get("proof")
+    made = (entry for entry in state.manifest.files if entry.engine == "fanout")
+    known = {entry.name: entry.sha256 for entry in made if state.manifest.is_of_build(entry, state.build.key)}
+    return record is not None and record.outputs.items() <= known.items()
+
+
+def remove_leftovers(work: Path) -> None:
+    """Remove what a proof that was killed had made."""
+    for left in work.glob(f"{REFERENCE}-*{PARTIAL}.gguf"):
+        left.unlink()
+
+
 def prove_run(state: Run, *, again: bool) -> None:
     """Make one file of the fan-out once more with llama-quantize: it must be the same, byte for byte.
 
@@ -66,9 +82,7 @@ def prove_run(state: Run, *, again: bool) -> None:
     made = {str(entry.recipe): entry for entry in engines if (state.set_dir / entry.name).is_file()}
     if not made:
         return
-    record = state.manifest.stages.get("proof")
-    known = {entry.name: entry.sha256 for entry in engines}  # what was proven may be published by now
-    if not again and record is not None and record.outputs.items() <= known.items():
+    if not again and is_proven(state):
         return
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
     started = time.monotonic()
@@ -108,7 +122,7 @@ def compare_with_reference(
     """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file as `made`,
     which has its final or its partial name."""
     stem = made.name.replace(PARTIAL, "").removesuffix(f"-{recipe.name}.gguf")
-    reference = set_dir.parent / WORK / stem / f"reference-{recipe.name}.partial.gguf"
+    reference = set_dir.parent / WORK / stem / f"{REFERENCE}-{recipe.name}{PARTIAL}.gguf"
     argv = reference_argv(build, stem, recipe, reference, None, base=base)
     try:
         quantize.run_llama_quantize(argv, f"proving {recipe.name}", cwd=set_dir, log=log, progress=progress)
