@@ -48,8 +48,8 @@ test: $(VENV)/.dev  ## all tests, against the real llama.cpp build
 proof: $(VENV)/.dev $(if $(filter-out fuzz,$(PART)),,$(VENV)/.fuzz)  ## the long campaigns; PART=<name> runs those whose name holds it
 	$(BIN)/python -m pytest -m proof -s $(if $(PART),-k "$(PART)") $(ARGS)
 
-bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner, SCALE=demo is the demo model
-	$(BIN)/python -m tests.bench --scale $(SCALE) $(ARGS)
+bench: $(VENV)/.dev  ## fan-out against llama-quantize, one JSON line last; SCALE=small ends sooner, SCALE=demo is the demo model, SCALE=header new headers against a full run
+	$(BIN)/python -m $(if $(filter header,$(SCALE)),tests.bench_refresh,tests.bench --scale $(SCALE)) $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types; changes nothing
 	$(BIN)/ruff check gemma_gguf tests

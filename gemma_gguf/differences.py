@@ -8,7 +8,8 @@ Nothing in the set's directory changes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from gemma_gguf import (
     tasks,
 )
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError, ToolFailedError
-from gemma_gguf.files import sha256_bytes, sha256_file, write_atomic
+from gemma_gguf.files import sha256_bytes, sha256_file, sha256_json, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build
 from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry, Manifest
@@ -45,6 +46,14 @@ from gemma_gguf.session import CHECKPOINT, WORK, Run
 ROWS_PER_EXPERT = 3
 EXPERTS = 3  # of a tensor whose rows are sampled
 COMPARED_BYTES = 1 << 26  # of two bases at a time
+
+
+@dataclass
+class Shared:
+    """What the sets of one refresh share: the workers that quantise rows, and plans, by what they follow from."""
+
+    workers: fanout.Workers
+    plans: dict[str, FilePlan] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,10 +73,11 @@ class Seen:
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by file name
 
 
-def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> Seen:
+def look(state: Run, scratch: Path, shared: Shared, *, model: str | None, new_imatrix: bool) -> Seen:
     """Decide about every file of the set.
 
-    `model` names its checkpoint where it is not found by itself; `scratch` is for files that are only compared.
+    `model` names its checkpoint where it is not found by itself; `scratch` is for files that are only compared. What is
+    `shared` is that of other sets and this build.
     """
     checkpoint, why_not = _checkpoint(state, model)
     seen = Seen({}, {entry.name: entry.recipe for entry in state.manifest.files if entry.recipe}, checkpoint)
@@ -99,7 +109,7 @@ def look(state: Run, scratch: Path, *, model: str | None, new_imatrix: bool) -> 
             seen.decisions[entry.name] = stale.unknown(conversion.missing)
     elif quants:
         base = conversion.outputs[base_file] if conversion.outputs is not None else stale.Converted()
-        _look_at_quants(state, seen, quants, set(base.tensors), scratch)
+        _look_at_quants(state, seen, quants, set(base.tensors), shared)
     seen.decisions = {entry.name: seen.decisions[entry.name] for entry in state.manifest.files}
     _take_up(state, seen)
     return seen
@@ -268,7 +278,7 @@ def _same_data(old: Header, new: Header, name: str) -> bool:
 # --- looking at quants ---------------------------------------------------------------------------------------------
 
 
-def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], changed: set[str], scratch: Path) -> None:
+def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], changed: set[str], shared: Shared) -> None:
     """Decide about quants by the plans of the build's llama-quantize, its quantisers, sampled rows and headers."""
     assert seen.base is not None
     given = state.set_dir / imatrix.file_name(state.stem)
@@ -285,7 +295,7 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
             seen.decisions[entry.name] = stale.unknown("the imatrix that llama-quantize needs to plan is missing")
         return
     made = [seen.recipes[entry.name] for entry in entries]
-    plans = planning.plans_for(state, made, base, given)
+    plans = _plans(state, made, base, given, shared.plans)
     expected = planning.outputs_of(state, base, made, plans, given)
     held = {entry.name: shards.read([state.set_dir / part.name for part in entry.parts]) for entry in entries}
     retyped = {entry.name: _retyped(plans[str(entry.recipe)], shards.joined(held[entry.name])) for entry in entries}
@@ -299,14 +309,18 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
         held=held,
         changed=changed,
         given=given,
-        scratch=scratch,
+        workers=shared.workers,
     )
     numbers = quantize.ftype_numbers(state.build, state.log)
     imatrix_header = gguf_io.read_header(given)
+    types = {name: _quantised_types(output.plan) for name, output in seen.outputs.items()}
+    others = {e.name: e.build for e in entries if not state.manifest.is_of_build(e, state.build.key)}
+    hashes = _quantiser_hashes(state, types, others)
     for entry in entries:
         recipe, output = seen.recipes[entry.name], seen.outputs[entry.name]
-        types = _quantised_types(output.plan)
-        other, unhashed = _other_quantisers(state, entry, types)
+        new = hashes.get(state.build.key, {})
+        old = hashes[others[entry.name]] if entry.name in others else new
+        mine = sorted(types[entry.name]) if entry.name in others else []
         keys: tuple[str, ...] = ()
         if not has_heads(held[entry.name], output):
             values = fanout.quantize_keys(numbers[recipe.ftype], given.name, imatrix_header)
@@ -317,14 +331,39 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
             stale.Quant(
                 retyped=retyped[entry.name],
                 source=tuple(tensor.name for tensor in output.plan.tensors if tensor.name in changed),
-                types=types,
-                other_types=other,
-                unhashed=unhashed,
+                types=types[entry.name],
+                other_types=tuple(name for name in mine if name in old and old[name] != new[name]),
+                unhashed=tuple(name for name in mine if name not in old),
                 rows=differing,
                 n_rows=n_rows,
                 keys=keys,
             )
         )
+
+
+def _plans(
+    state: Run, made: Sequence[Recipe], base: Header, given: Path, known: dict[str, FilePlan]
+) -> dict[str, FilePlan]:
+    """What this build's llama-quantize would write for each recipe; asked once for all models of one shape."""
+    shape = shape_of(base, gguf_io.read_header(given))
+    keys = {row.name: sha256_json([shape, row.name, row.ftype, list(row.flags), row.static]) for row in made}
+    missing = [recipe for recipe in made if keys[recipe.name] not in known]
+    known |= {keys[name]: asked for name, asked in planning.plans_for(state, missing, base, given).items()}
+    return {name: known[key] for name, key in keys.items()}
+
+
+def shape_of(base: Header, given: Header) -> list[object]:
+    """Everything of a base and its imatrix that types are chosen by: tensors, and keys of the architecture.
+
+    Not the weights, nor the tokenizer and what describes a model: llama-quantize reads neither to plan.
+    """
+    keys = [name for name in base.keys if not name.startswith(("general.", "tokenizer."))]
+    return [
+        base.get("general.architecture"),
+        [[name, base.get(name)] for name in keys],
+        [[tensor.name, tensor.shape, tensor.ggml_type.name] for tensor in base.tensors],
+        [[tensor.name, tensor.shape] for tensor in given.tensors],
+    ]
 
 
 def recipe_of(facts: Manifest, entry: FileEntry) -> Recipe:
@@ -351,19 +390,23 @@ def _quantised_types(asked: FilePlan) -> dict[str, list[str]]:
     return types
 
 
-def _other_quantisers(
-    state: Run, entry: FileEntry, types: Mapping[str, Sequence[str]]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(types whose quantiser writes other bytes of fixed rows than the one that made the file, types that nobody
-    hashed then)."""
-    if state.manifest.is_of_build(entry, state.build.key):
-        return (), ()
-    old = state.manifest.quantisers.get(entry.build, {}) | quantisers.recorded(entry.build)
-    if set(types) - set(old) and (made_by := llama_cpp.find_build(entry.build)) is not None:
-        old = quantisers.hashes(made_by, list(types), state.progress)
-    new = quantisers.hashes(state.build, list(types), state.progress)
-    unhashed = tuple(sorted(name for name in types if name not in old))
-    return tuple(sorted(name for name in types if name in old and old[name] != new[name])), unhashed
+def _quantiser_hashes(
+    state: Run, types: Mapping[str, Iterable[str]], builds: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """{key of a build: {type: hash}} of this build, and of those that made files, by name in `builds`, as far as that
+    is recorded or they can still be asked. `types` are those of each file; every build is asked once."""
+    wanted: dict[str, set[str]] = {}
+    for name, key in builds.items():
+        for one in (key, state.build.key):
+            wanted.setdefault(one, set()).update(types[name])
+    found: dict[str, dict[str, str]] = {}
+    for key, names in wanted.items():
+        known = state.manifest.quantisers.get(key, {}) | quantisers.recorded(key)
+        made_by = state.build if key == state.build.key else llama_cpp.find_build(key)
+        if made_by is state.build or (names - set(known) and made_by is not None):
+            known = quantisers.hashes(made_by, sorted(names), state.progress)
+        found[key] = known
+    return found
 
 
 def has_heads(held: Sequence[Header], output: fanout.Output) -> bool:
@@ -407,7 +450,7 @@ def _sample(
     held: Mapping[str, Sequence[Header]],
     changed: set[str],
     given: Path,
-    scratch: Path,
+    workers: fanout.Workers,
 ) -> dict[str, tuple[tuple[str, ...], int]]:
     """{file: (tensors of which a sampled row comes out otherwise, rows compared)}, by worker processes of the build.
 
@@ -425,29 +468,32 @@ def _sample(
         phase_of=dict.fromkeys((output.recipe for output in as_they_are), 0),
     )
     tensors = job["tensors"]
-    job_path = scratch / "rows.json"
+    job_path = workers.directory / "rows.json"
     name_of = {outputs[name].recipe: name for name in names}
     text = json.dumps({**job, "tasks": []})
-    write_atomic(job_path, text)
+    write_atomic(job_path, text, durable=False)
     differing: dict[str, list[str]] = {name: [] for name in names}
     n_rows = dict.fromkeys(names, 0)
+    answers: list[Future[tasks.RowsChecked]] = []
     try:
-        with fanout.local_executor(fanout.workers_for(state.options.jobs, fanout.MAX_MEMORY), scratch) as pool:
-            answers = []
-            for index, tensor in enumerate(tensors):
-                if tensor["name"] not in changed:
-                    rows = sampled_rows(tensor["rows"], tensor["rows_per_expert"])
-                    answers.append(
-                        pool.submit(tasks.check_rows, str(job_path), sha256_bytes(text.encode()), index, rows)
-                    )
-                    for name in names:
-                        n_rows[name] += len(rows)
-            for done, answer in enumerate(answers):
-                state.progress("quantising sampled rows again", done, len(answers), "tensors")
-                for output in answer.result().differing:
-                    differing[name_of[job["recipes"][output]]].append(tensors[answer.result().tensor]["name"])
+        pool = workers.pool()
+        for index, tensor in enumerate(tensors):
+            if tensor["name"] not in changed:
+                rows = sampled_rows(tensor["rows"], tensor["rows_per_expert"])
+                answers.append(pool.submit(tasks.check_rows, str(job_path), sha256_bytes(text.encode()), index, rows))
+                for name in names:
+                    n_rows[name] += len(rows)
+        for done, answer in enumerate(answers):
+            state.progress("quantising sampled rows again", done, len(answers), "tensors")
+            found = answer.result()
+            for output in found.differing:
+                differing[name_of[job["recipes"][output]]].append(tensors[found.tensor]["name"])
     except BrokenProcessPool as error:
-        crashed = tasks.clear_slots(scratch)
+        workers.end()
+        crashed = tasks.clear_slots(workers.directory)
         at = f" at {crashed[0]}" if crashed else ""
         raise ToolFailedError(f"a worker process of {state.build.source} died{at}", log=state.log.path) from error
+    finally:
+        for answer in answers:
+            answer.cancel()
     return {name: (tuple(differing[name]), n_rows[name]) for name in names}

@@ -466,6 +466,15 @@ def load_job(job_path: Path) -> dict[str, Any]:
     return {**json.loads(job_path.read_text()), "tasks": json.loads(_tasks_path(job_path).read_text())}
 
 
+def interrupted(job_dir: Path, inputs: str) -> frozenset[str]:
+    """Recipes of the job that an earlier run over the same inputs did not end."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        old = load_job(job_dir / "job.json")
+        if old["inputs"] == inputs:
+            return frozenset(old["recipes"])
+    return frozenset()
+
+
 def workers_for(jobs: int | None, max_memory: int) -> int:
     """How many worker processes to start: `jobs`, or one per core, as far as the memory goes."""
     return max(1, min(jobs or os.cpu_count() or 1, max_memory // WORKER_BYTES))
@@ -480,6 +489,38 @@ def local_executor(jobs: int, job_dir: Path) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Workers:
+    """Worker processes on this machine for many jobs, one after the other: they keep ggml's tables, which take longer
+    than the few rows of a small job. They are started when they are asked for, and anew after one of them died.
+
+    Job files are to lie in `directory`, which is for these workers alone.
+    """
+
+    def __init__(self, jobs: int, directory: Path) -> None:
+        self.jobs, self.directory = jobs, directory
+        self._running = contextlib.ExitStack()
+        self._pool: Executor | None = None
+
+    def pool(self) -> Executor:
+        if self._pool is None:
+            self._pool = self._running.enter_context(local_executor(self.jobs, self.directory))
+        return self._pool
+
+    def end(self) -> None:
+        self._pool = None
+        self._running.close()
+
+
+@contextlib.contextmanager
+def workers_in(directory: Path, jobs: int) -> Iterator[Workers]:
+    """Workers that end with the block; none is started before it is needed."""
+    workers = Workers(jobs, directory)
+    try:
+        yield workers
+    finally:
+        workers.end()
 
 
 def in_a_worker(directory: Path, what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

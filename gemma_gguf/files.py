@@ -182,15 +182,22 @@ def write_stream(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
                 data = data[system.write(descriptor, data) :]
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole small file so that a reader sees the old bytes or the new ones, never a part."""
+def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None:
+    """Write a whole small file so that a reader sees the old bytes or the new ones, never a part.
+
+    What means nothing after the machine went down need not be `durable`: then nothing waits for the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     # A name of this thread's own: two runs may write the same file of the user's cache at a time.
     partial = path.with_name(f"{path.stem}.{_here()}-{os.getpid()}-{threading.get_ident()}{PARTIAL}{path.suffix}")
     try:
         write_stream(partial, [data.encode() if isinstance(data, str) else data])
-        replace_durably(partial, path)
+        if durable:
+            replace_durably(partial, path)
+        else:
+            with _disk_errors(path):
+                system.replace(partial, path)
     except (Exception, KeyboardInterrupt):
         partial.unlink(missing_ok=True)
         raise

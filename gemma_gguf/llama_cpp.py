@@ -235,7 +235,7 @@ def _start(
         raise MissingToolError(f"{words[0]} is not installed") from error
     note = log.running / str(child.pid)
     with contextlib.suppress(psutil.Error, DiskError):
-        write_atomic(note, str(psutil.Process(child.pid).create_time()))
+        write_atomic(note, str(psutil.Process(child.pid).create_time()), durable=False)
     return child, note
 
 

@@ -18,6 +18,7 @@ from gemma_gguf import (
     gguf_io,
     imatrix,
     plan,
+    proof,
     quantize,
     recipes,
     shards,
@@ -260,11 +261,17 @@ def _estimate(set_dir: Path, wanted: Sequence[Recipe], n_parameters: int, jobs: 
 
 def _proof_bytes(state: Run, outputs: Sequence[fanout.Output]) -> int:
     """What the file takes that is made twice to prove the rest, beside all of `outputs`: whole, and cut if it is."""
-    if not state.options.proves or not outputs:
+    if not will_prove(state) or not outputs:
         return 0
     proven = recipes.for_proof({output.recipe: output.n_bytes for output in outputs})
     (output,) = (output for output in outputs if output.recipe == proven)
     return output.header.file_size + (output.n_bytes if output.shards else 0)
+
+
+def will_prove(state: Run) -> bool:
+    """Whether this run makes a file twice. Not where it only goes on with waves of which an earlier one was proven:
+    the file that was to be made twice is gone, and a larger one in its place might not fit any more."""
+    return state.options.proves and not (state.take_away is not None and proof.is_proven(state))
 
 
 def waves_for(state: Run, outputs: Sequence[fanout.Output], speeds: Mapping[str, float]) -> list[list[str]]:

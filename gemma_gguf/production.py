@@ -64,6 +64,7 @@ def make_quants(state: Run, take_away: Callable[[Run, Sequence[Path]], None]) ->
 
     Raises `GemmaGGUFError` subclasses; files that were finished by then are named and recorded.
     """
+    proof.remove_leftovers(state.work)
     header = gguf_io.read_header(state.base)
     base_sha = state.memory.sha256(state.base)
     imatrix_sha = state.memory.sha256(state.set_dir / imatrix.file_name(state.stem))
@@ -180,10 +181,9 @@ def _make(
     outputs = {output.recipe: output for output in listed}
     using = _kernels(state) if state.options.engine == "fanout" else None
     speeds = speeds_for(state, [item.plan for item in made], using)
-    waves = [list(outputs)] if state.take_away is None else planning.waves_for(state, listed, speeds)
-    to_prove = recipes.for_proof({output.recipe: output.n_bytes for output in listed})
-    # What is taken away should have been proven before.
-    waves.sort(key=lambda wave: to_prove not in wave)
+    waves = [list(outputs)] if state.take_away is None else _waves(state, outputs, speeds, inputs)
+    proves = planning.will_prove(state)
+    to_prove = recipes.for_proof({name: outputs[name].n_bytes for name in waves[0]})
     for wave in waves:
         items = [item for item in made if item.recipe.name in wave]
         if state.options.engine == "fanout":
@@ -192,10 +192,27 @@ def _make(
         else:
             for item in items:
                 _loop_once(state, item, outputs[item.recipe.name])
-        if state.options.proves and to_prove in wave:
+        if proves and to_prove in wave:
             proof.prove_run(state, again=True)
         entries = [entry for item in items if (entry := state.manifest.made(item.recipe.name)) is not None]
         yield [state.set_dir / entry.name for entry in entries]
+
+
+def _waves(
+    state: Run, outputs: Mapping[str, fanout.Output], speeds: Mapping[str, float], inputs: str
+) -> list[list[str]]:
+    """The recipes in waves that fit. The first holds what proves the rest: what is taken away was proven before.
+
+    What an interrupted run had begun comes first where it fits: its partial files lie there, and take room.
+    """
+    waves = planning.waves_for(state, list(outputs.values()), speeds)
+    earlier = fanout.interrupted(state.work / "fanout", inputs)
+    begun = [name for name in outputs if name in earlier]
+    if begun and len(planning.waves_for(state, [outputs[name] for name in begun], speeds)) == 1:
+        rest = [[name for name in wave if name not in begun] for wave in waves]
+        return [begun, *filter(None, rest)]
+    to_prove = recipes.for_proof({name: output.n_bytes for name, output in outputs.items()})
+    return sorted(waves, key=lambda wave: to_prove not in wave)
 
 
 def _kernels(state: Run) -> Checked:

@@ -40,6 +40,8 @@ from gemma_gguf.session import (
     open_work,
 )
 
+REFERENCE = "reference"  # begins the name of llama-quantize's file
+
 
 def reference_argv(
     build: Build, stem: str, recipe: Recipe, out: Path, threads: int | None, *, base: Path | None = None
@@ -58,6 +60,23 @@ def reference_argv(
     )
 
 
+def is_proven(state: Run) -> bool:
+    """Whether an earlier run of this build proved files of the set as it is; they may be published by now."""
+    record = state.manifest.stages.get("proof")
+    made = (entry for entry in state.manifest.files if entry.engine == "fanout")
+    known = {entry.name: entry.sha256 for entry in made if state.manifest.is_of_build(entry, state.build.key)}
+    return record is not None and record.outputs.items() <= known.items()
+
+
+def remove_leftovers(work: Path) -> None:
+    """Remove what a proof that was killed had made."""
+    for left in work.glob(f"{REFERENCE}-*{PARTIAL}*"):
+        if left.is_dir():  # what llama-gguf-split cut of it
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
 def prove_run(state: Run, *, again: bool) -> None:
     """Make one file of the fan-out once more with llama-quantize: it must be the same, byte for byte.
 
@@ -68,9 +87,7 @@ def prove_run(state: Run, *, again: bool) -> None:
     made = {str(entry.recipe): entry for entry in engines if entry.is_there(state.set_dir)}
     if not made:
         return
-    record = state.manifest.stages.get("proof")
-    known = {entry.name: entry.sha256 for entry in engines}  # what was proven may be published by now
-    if not again and record is not None and record.outputs.items() <= known.items():
+    if not again and is_proven(state):
         return
     entry = made[recipes.for_proof({name: entry.n_bytes for name, entry in made.items()})]
     started = time.monotonic()
@@ -117,8 +134,8 @@ def compare_with_reference(
     llama-quantize's file, those of the bf16 row with what it cuts of the base.
     """
     work = set_dir.parent / WORK / stem
-    reference = work / f"reference-{recipe.name}.partial.gguf"
-    cut = work / f"reference-{recipe.name}{PARTIAL}"
+    reference = work / f"{REFERENCE}-{recipe.name}{PARTIAL}.gguf"
+    cut = work / f"{REFERENCE}-{recipe.name}{PARTIAL}"
     try:
         if recipe.is_base:
             reference = base or work / convert.base_name(stem)

@@ -6,6 +6,7 @@ recipes made again through the fan-out, everything else left alone. `differences
 again, what there is to decide.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from gemma_gguf import (
     shards,
     stale,
 )
-from gemma_gguf.differences import Seen, has_heads, look, problem_with
+from gemma_gguf.differences import Seen, Shared, has_heads, look, problem_with
 from gemma_gguf.errors import BadInputError, GemmaGGUFError, VerificationError
 from gemma_gguf.files import (
     link_or_copy,
@@ -111,19 +112,28 @@ def refresh_sets(
     renderer = card.Renderer(asked.templates)
     drawn: dict[str, Drawn] = {}
     results = []
-    for set_dir in set_dirs:
-        results.append(_refresh_one(set_dir, build, asked, progress=progress, say=say))
-        try:
-            if (set_dir / manifest.FILE_NAME).is_file():
-                factory.write_card(set_dir, renderer, drawn=drawn)
-        except GemmaGGUFError as error:
-            results[-1] = replace(results[-1], error=results[-1].error or error)
-        ended(results[-1])
+    jobs = fanout.workers_for(asked.jobs, fanout.MAX_MEMORY)
+    with tempfile.TemporaryDirectory() as place, fanout.workers_in(Path(place), jobs) as workers:
+        shared = Shared(workers)
+        for set_dir in set_dirs:
+            results.append(_refresh_one(set_dir, build, asked, shared, progress=progress, say=say))
+            try:
+                if (set_dir / manifest.FILE_NAME).is_file():
+                    factory.write_card(set_dir, renderer, drawn=drawn)
+            except GemmaGGUFError as error:
+                results[-1] = replace(results[-1], error=results[-1].error or error)
+            ended(results[-1])
     return results
 
 
 def _refresh_one(
-    set_dir: Path, build: Build, asked: Asked, *, progress: Progress, say: Callable[[Done], None]
+    set_dir: Path,
+    build: Build,
+    asked: Asked,
+    shared: Shared,
+    *,
+    progress: Progress,
+    say: Callable[[Done], None],
 ) -> Refreshed:
     started = time.monotonic()
     decisions: Mapping[str, FileDecision] = {}
@@ -134,11 +144,12 @@ def _refresh_one(
             session.open_set(set_dir, options, build, progress=progress, say=say) as state,
             scratch(state.work / "refresh") as place,
         ):
-            seen = look(state, place, model=asked.model, new_imatrix=asked.new_imatrix)
+            seen = look(state, place, shared, model=asked.model, new_imatrix=asked.new_imatrix)
             decisions = seen.decisions
             if not asked.apply:
                 _record(state, seen, "checked")
             else:
+                shared.workers.end()  # the fan-out has its own
                 _carry_out(state, seen)
                 applied = True
     except GemmaGGUFError as error:

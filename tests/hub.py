@@ -16,10 +16,10 @@ with another status, a connection that breaks while it is read or before it is a
 
 import base64
 import contextlib
-import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import socket
@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +40,7 @@ import yaml
 
 MODEL, DATASET = "model", "dataset"
 LARGE = (".safetensors", ".gguf", ".bin", ".png")  # what a repository's .gitattributes gives to large-file storage
-PIECE = 1 << 16  # bytes of a body that are read at once
+PIECE = 1 << 16  # bytes of a body that are read or written at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Reply:
     """What goes back. `cut` sends only that many bytes of the body and closes the connection."""
 
     status: int
-    body: bytes = b""
+    body: bytes | mmap.mmap = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     cut: int | None = None
 
@@ -132,19 +132,24 @@ def files_of(directory: Path) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    return _hashes(path, *_mark(path))[0]
+    return _hashes(path)[0]
 
 
-def _mark(path: Path) -> tuple[int, int, int]:
+_hashed: dict[tuple[int, int, int, int], tuple[str, str]] = {}  # a file is in many commits, each a link to it
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    """(SHA-256, git's id) of a file, remembered by device, inode, size and time."""
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-@functools.lru_cache(maxsize=10_000)
-def _hashes(path: Path, *mark: int) -> tuple[str, str]:
-    """(SHA-256, git's id) of a file, which `mark` tells from older ones of its name."""
-    data = path.read_bytes()
-    return hashlib.sha256(data).hexdigest(), _git_id(data)
+    mark = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if mark not in _hashed:
+        sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size)
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                sha256.update(piece)
+                git.update(piece)
+        _hashed[mark] = sha256.hexdigest(), git.hexdigest()
+    return _hashed[mark]
 
 
 def _git_id(data: bytes) -> str:
@@ -228,8 +233,12 @@ class Hub:
         """The requests whose path holds `part`."""
         return [request for request in self.requests if part in request.path]
 
+    def note(self, request: Request) -> None:
+        """Remember a request; not the bytes of weights, which fill the memory."""
+        self.requests.append(replace(request, body=b"") if request.path.startswith("/lfs/") else request)
+
     def answer(self, request: Request) -> Reply:
-        self.requests.append(request)
+        self.note(request)
         if request.path in self.pages:
             return self.pages[request.path](request)
         if request.path.startswith("/lfs/"):
@@ -279,7 +288,7 @@ class Hub:
         rows = []
         for name in files_of(repo.commits[commit]):
             path = repo.commits[commit] / name
-            sha256, git_id = _hashes(path, *_mark(path))
+            sha256, git_id = _hashes(path)
             size = path.stat().st_size
             row: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": git_id}
             if name.endswith(LARGE):
@@ -308,8 +317,10 @@ class Hub:
         return self._bytes(request, repo, file, data, {**common, "ETag": f'"{_git_id(data)}"'})
 
     def _large(self, request: Request, repo: Repo, commit: str, file: str) -> Reply:
-        data = (repo.commits[commit] / file).read_bytes()
-        return self._bytes(request, repo, file, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+        path = repo.commits[commit] / file
+        with path.open("rb") as opened:  # as much of it as is asked for is read
+            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        return self._bytes(request, repo, file, data, {"ETag": f'"{_sha256(path)}"'})
 
     # --- writing ------------------------------------------------------------------------------------------------
 
@@ -366,7 +377,7 @@ class Hub:
         rows = []
         for file in json.loads(request.body)["files"]:
             path = repo.commits[commit] / file["path"]
-            known = _hashes(path, *_mark(path)) if path.is_file() else None
+            known = _hashes(path) if path.is_file() else None
             large = file["path"].endswith(LARGE)
             row = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             rows.append(row | ({"oid": known[0 if large else 1]} if known else {}))
@@ -499,7 +510,7 @@ class Hub:
         return blob if _sha256(blob) == sha256 else None
 
     @staticmethod
-    def _bytes(request: Request, repo: Repo, file: str, data: bytes, headers: Mapping[str, str]) -> Reply:
+    def _bytes(request: Request, repo: Repo, file: str, data: bytes | mmap.mmap, headers: Mapping[str, str]) -> Reply:
         kept = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
             start, end = int(match[1]), int(match[2] or len(data) - 1)
@@ -583,7 +594,7 @@ class _Connection(BaseHTTPRequestHandler):
             return
         request = Request(self.command, parts.path, parse_qs(parts.query), headers, body)
         if fault is not None and fault.status:
-            hub.requests.append(request)
+            hub.note(request)
             reply = _error(fault.status, "", f"on purpose: {fault.status}")
             reply = Reply(reply.status, reply.body, {**reply.headers, **fault.headers})
         else:
@@ -596,7 +607,9 @@ class _Connection(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(reply.body[: reply.cut])
+            end = len(reply.body) if reply.cut is None else reply.cut
+            for at in range(0, end, PIECE):
+                self.wfile.write(reply.body[at : min(end, at + PIECE)])
         if reply.cut is not None:
             self.close_connection = True
 

@@ -1,8 +1,13 @@
 """Build day: what a build or a corrected checkpoint changes is found out without making it, and changed alone."""
 
 import json
+import os
 import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +34,13 @@ from gemma_gguf import (
     refresh,
     session,
 )
-from gemma_gguf.differences import compare_files, sampled_rows
+from gemma_gguf.differences import compare_files, sampled_rows, shape_of
 from gemma_gguf.errors import BadInputError, ToolFailedError
-from gemma_gguf.files import sha256_bytes, sha256_file
+from gemma_gguf.files import link_or_copy, sha256_bytes, sha256_file
 from gemma_gguf.llama_cpp import Build
 from gemma_gguf.manifest import FileDecision, ParityDifference, RefreshFacts
 from gemma_gguf.progress import silent
-from gemma_gguf.session import Options
+from gemma_gguf.session import Options, Report
 from gemma_gguf.stale import Converted
 from tests import checkpoints
 from tests.examples import example
@@ -342,6 +347,59 @@ def test_a_hundred_sets_in_one_command(build: Build, tmp_path: Path) -> None:
     assert all("is not known" in (directory / "README.md").read_text() for directory in sets)
 
 
+@pytest.mark.proof
+def test_refresh_of_a_hundred_finished_sets(finished: Report, set_options: Options, tmp_path: Path) -> None:
+    """100 copies of a set of 27 recipes in one command: every file of each is compared with what the build would write.
+
+    How long it takes is printed, with the cards alone beside it. Weights are links; hashes are remembered, as they are
+    of sets that were made here.
+    """
+    n_sets = int(os.environ.get("REFRESH_SETS", "100"))
+    sets: list[Path] = []
+    for number in range(n_sets):
+        out = tmp_path / f"{number:03}"
+        shutil.copytree(set_options.out, out, copy_function=linked_weights, ignore=shutil.ignore_patterns("logs"))
+        memory = out / ".work" / "test_tiny-vision" / "hashes.json"
+        memory.write_text(memory.read_text().replace(f"{set_options.out}/", f"{out}/"))
+        sets.append(out / finished.set_dir.name)
+
+    def timed(*argv: str) -> tuple[str, float, float]:
+        """(what was told, wall seconds, CPU seconds) of one command about all sets."""
+        begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "gemma_gguf", argv[0], *map(str, sets), *argv[1:]]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return done.stderr, time.monotonic() - begun, spent
+
+    before = {path: sha256_file(path) for path in sets[-1].glob("*.gguf")}
+    table, *refreshed = timed("refresh")
+    n_files = len(manifest.load(sets[0]).files)
+    rows = re.findall(r"^test_tiny-vision-GGUF +(\d+) +0 +0 +0 .* card only", table, re.MULTILINE)
+    assert rows == [str(n_files)] * n_sets
+    assert {path: sha256_file(path) for path in sets[-1].glob("*.gguf")} == before
+    logs = [path.read_text() for path in tmp_path.glob("*/.work/*/logs/*-refresh.log")]
+    assert sum(log.count(" --dry-run ") for log in logs) == len(recipes.DEFAULT_NAMES) - 1  # all of one shape
+    for directory in sets:
+        facts = manifest.load(directory).refresh
+        assert facts is not None
+        assert {found.outcome for found in facts.files.values()} == {"unchanged"}
+        assert f"{n_files} of {n_files} files come out byte for byte the same" in (directory / "README.md").read_text()
+    _, *cards = timed("card", "--theme", "classic")
+    print(
+        f"\n{n_sets} sets of {n_files} files: refresh {refreshed[0]:.1f} s ({refreshed[1]:.1f} s of CPU), cards alone "
+        f"{cards[0]:.1f} s ({cards[1]:.1f} s of CPU)"
+    )
+
+
+def linked_weights(source: str, target: str) -> None:
+    """Copy a file of a set; weights, which nothing here changes, are linked."""
+    if source.endswith(".gguf"):
+        link_or_copy(Path(source), Path(target))
+    else:
+        shutil.copy2(source, target)
+
+
 def test_one_checkpoint_is_not_that_of_several_sets() -> None:
     with pytest.raises(BadInputError, match="--model names the checkpoint of one set"):
         refresh.refresh_sets([Path("a"), Path("b")], refresh.Asked(model="demo"))
@@ -369,6 +427,20 @@ def test_a_directory_that_is_no_set_does_not_stop_the_others(build: Build, tmp_p
 )
 def test_sampled_rows(n_rows: int, per_expert: int, expected: tuple[int, ...]) -> None:
     assert sampled_rows(n_rows, per_expert) == expected
+
+
+def test_plans_are_asked_again_for_another_shape(first: Options, tmp_path: Path) -> None:
+    base, given = (gguf_io.read_header(first.out / f"{STEM}-GGUF" / f"{STEM}-{n}.gguf") for n in ("bf16", "imatrix"))
+
+    def with_value(name: str, value: bytes) -> gguf_io.Header:
+        gguf_io.write_with_values(base, tmp_path / "other.gguf", {name: value})
+        return gguf_io.read_header(tmp_path / "other.gguf")
+
+    shape = shape_of(base, given)
+    assert shape_of(with_value("general.name", (5).to_bytes(8, "little") + b"Other"), given) == shape
+    assert shape_of(with_value("gemma3.block_count", (7).to_bytes(4, "little")), given) != shape
+    assert shape_of(base, replace(given, tensors=given.tensors[1:])) != shape
+    assert shape_of(replace(base, tensors=base.tensors[1:]), given) != shape
 
 
 def test_compared_files(first: Options, tmp_path: Path) -> None:
