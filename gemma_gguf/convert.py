@@ -8,6 +8,7 @@ only step that imports torch, in its own process.
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -22,9 +23,11 @@ from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
 from gemma_gguf.manifest import ConverterFacts
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.source import Source, tokenizer_json
+from gemma_gguf.source import Source, tokenizer_json, weight_shapes
 
 MMPROJ_TYPES = ("f16", "bf16", "f32")
+# `model` is how the converter knows weight files where there is no index.
+UNREAD_WEIGHTS, WEIGHT_INDEX = "model-unread-layers.safetensors", "model.safetensors.index.json"
 CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
 
 
@@ -76,17 +79,57 @@ def completed(source: Source) -> dict[str, bytes]:
     """Files with what Google's checkpoints say and transformers 5 does not save: {name: content}.
 
     The converter reads the vocabulary of Gemma 1 to 3n from tokenizer.model and the list of added tokens in
-    tokenizer_config.json, and looks for a key in Gemma 4's configuration whether there are experts or not.
+    tokenizer_config.json, and looks for a key in Gemma 4's configuration whether there are experts or not; llama.cpp
+    wants weights of Gemma 3n that are never read.
     """
     family = gemma.by_gguf_arch(source.facts.gguf_arch)
     if family is not None and family.vocabulary != "tokenizer.json":
-        return _completed_tokenizer(source)
+        return {**_completed_tokenizer(source), **_completed_layers(source, family.n_layers_with_cache)}
     config = json.loads((source.path / "config.json").read_bytes())
     text = config.get("text_config")
     if not isinstance(text, dict) or {"moe_intermediate_size", "expert_intermediate_size"} & text.keys():
         return {}
     text["moe_intermediate_size"] = None
     return {"config.json": json.dumps(config, indent=2).encode()}
+
+
+def _completed_layers(source: Source, with_cache: int | None) -> dict[str, bytes]:
+    """Zeros for the keys and values of the last layers of Gemma 3n, those from `with_cache` on.
+
+    They take them of earlier layers, so transformers neither loads nor saves their own. llama.cpp does not read them
+    either (`gemma.unread_layers`), but does not load a file without them.
+    """
+    if with_cache is None:
+        return {}
+    shapes = weight_shapes(source)
+    lacking: dict[str, tuple[int, ...]] = {}
+    for name in shapes:
+        match = re.fullmatch(r"(.*\blayers\.)(\d+)(\.self_attn\.)q_proj\.weight", name)
+        if match is None or int(match[2]) < with_cache:
+            continue
+        for part in ("k_proj", "v_proj", "k_norm"):
+            own, first = (f"{match[1]}{layer}{match[3]}{part}.weight" for layer in (match[2], 0))
+            if own not in shapes and first in shapes:
+                lacking[own] = shapes[first]
+    if not lacking:
+        return {}
+    written = {UNREAD_WEIGHTS: _zeros(lacking)}
+    if WEIGHT_INDEX in source.files:
+        index = json.loads((source.path / WEIGHT_INDEX).read_bytes())
+        index["weight_map"] |= dict.fromkeys(lacking, UNREAD_WEIGHTS)
+        written[WEIGHT_INDEX] = json.dumps(index).encode()
+    return written
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A safetensors file of BF16 zeros. Format: https://github.com/huggingface/safetensors#format"""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
 
 
 def _completed_tokenizer(source: Source) -> dict[str, bytes]:
