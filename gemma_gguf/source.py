@@ -610,12 +610,12 @@ def _refuse_without_projector(path: Path, projector: str | None, tensors: Iterab
         raise BadInputError(
             f"{path} sees, but neither preprocessor_config.json nor processor_config.json says how it scales pictures "
             "(image_mean, image_std)",
-            next_step="Copy whichever there is of them from the model that it was tuned from (transformers saves it with "
-            f"the processor: processor.save_pretrained), or {no_mmproj}",
+            next_step="Copy whichever there is of them from the model that it was tuned from (transformers saves it "
+            f"with the processor: processor.save_pretrained), or {no_mmproj}",
         )
     root = gemma.TOWERS.get(str(projector))
     if root is not None and not any(name.startswith(root) for name in tensors):
-        seen = next(name for name in tensors if gemma.is_vision(name))
+        seen = next(name for name in tensors if gemma.is_vision(name) and "vision" in name)
         raise BadInputError(
             f"{path} names what it sees with otherwise than Google's files ({seen[:80]}, not {root}...), and "
             "llama.cpp's converter does not know these names",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from gemma_gguf import (
     proof,
     quantize,
     recipes,
+    source,
     verify,
 )
-from gemma_gguf.errors import ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import Manifest
@@ -233,6 +235,24 @@ def test_a_saved_gemma_3n_loads_though_keys_that_nothing_reads_are_gone(build: B
         logs.append(logits(build, base, tmp_path))
     assert np.isfinite(logs[0]).all()
     assert np.array_equal(logs[0], logs[1])
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["gemma-3-vision", "gemma-4-unified"])
+def test_proof_of_the_command_that_gives_tensors_their_published_names(name: str, tmp_path: Path) -> None:
+    """A fine-tune with names that the converter does not know is refused with a command; it does what it says."""
+    original = families.write(tmp_path / "original", [name])[name]
+    renamed = families.save_again({name: original}, tmp_path / "saved", families.CODE_NAMES)[name]
+    shutil.copy(original / "preprocessor_config.json", renamed)
+    with pytest.raises(BadInputError, match="names what it sees with otherwise") as caught:
+        source.examine(renamed, projectors=True)
+    (command,) = (line for line in str(caught.value.next_step).splitlines() if line.startswith("python -c "))
+    command = command.replace("ORIGINAL", str(original)).replace("RENAMED", str(tmp_path / "RENAMED"))
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    for file in (*original.glob("tokenizer*"), original / "preprocessor_config.json"):
+        shutil.copy(file, tmp_path / "RENAMED")
+    assert set(source.examine(renamed).tensors) != set(source.examine(original).tensors)
+    assert source.examine(tmp_path / "RENAMED", projectors=True).tensors == source.examine(original).tensors
 
 
 LOGITS = """

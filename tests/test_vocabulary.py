@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
@@ -13,6 +14,7 @@ from gemma_gguf.files import HashMemory
 from gemma_gguf.source import Source
 from gemma_gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece
 from tests import checkpoints, gemma4
+from tests.test_source import safetensors_bytes
 
 TEXTS = (
     "the thing in the water and then on",
@@ -137,6 +139,42 @@ def test_a_vocabulary_of_another_kind_is_left_to_the_converter(saved: Path) -> N
     """It has a way of its own for Gemma 3 models with another tokenizer."""
     (saved / "tokenizer.json").write_text(json.dumps(small(byte_fallback=False)))
     assert all(file.is_symlink() for file in staged(saved).values())
+
+
+def gemma3n(directory: Path, with_cache: int = 20, *, whole: bool = False) -> Path:
+    """Attention of two layers, the first and one that takes its keys of earlier ones; in two files."""
+    made = checkpoints.write_gemma3_text(directory, layers=1)
+    for file in made.glob("*.safetensors"):
+        file.unlink()
+    (made / "config.json").write_text(json.dumps({"architectures": ["Gemma3nForCausalLM"]}))
+    shapes = {"q_proj": (8, 4), "k_proj": (6, 4), "v_proj": (6, 4), "k_norm": (3,)}
+    parts = {0: shapes, with_cache: shapes if whole else {"q_proj": (8, 4)}}
+    weight_map: dict[str, str] = {}
+    for layer, rows in parts.items():
+        tensors = {f"model.layers.{layer}.self_attn.{name}.weight": shape for name, shape in rows.items()}
+        (made / f"model-{layer}.safetensors").write_bytes(safetensors_bytes(tensors))
+        weight_map |= dict.fromkeys(tensors, f"model-{layer}.safetensors")
+    (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return made
+
+
+def test_zeros_stand_for_keys_and_values_that_nothing_reads(tmp_path: Path) -> None:
+    files = staged(gemma3n(tmp_path / "m"))
+    written = files["model-unread-layers.safetensors"]
+    with safe_open(written, "np") as opened:  # the reference implementation of the format
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dict
+    root = "model.layers.20.self_attn"
+    assert shapes == {f"{root}.k_proj.weight": (6, 4), f"{root}.v_proj.weight": (6, 4), f"{root}.k_norm.weight": (3,)}
+    assert written.read_bytes().endswith(b"}" + bytes(2 * (24 + 24 + 3)))
+    weight_map = json.loads(files["model.safetensors.index.json"].read_text())["weight_map"]
+    assert {name for name, file in weight_map.items() if file == written.name} == set(shapes)
+    assert len(weight_map) == 4 + 1 + 3
+
+
+@pytest.mark.parametrize(("layer", "whole"), [(20, True), (19, False)], ids=["they are there", "they are read"])
+def test_no_zeros_where(layer: int, whole: bool, tmp_path: Path) -> None:
+    files = staged(gemma3n(tmp_path / "m", layer, whole=whole))
+    assert all(file.is_symlink() for file in files.values())
 
 
 @pytest.mark.parametrize(
