@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_gguf import embedding, gemma, gguf_io, vocabulary
-from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import partial_path, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
@@ -28,6 +28,7 @@ from gemma_gguf.source import Source, tokenizer_json, weight_shapes
 MMPROJ_TYPES = ("f16", "bf16", "f32")
 # `model` is how the converter knows weight files where there is no index.
 UNREAD_WEIGHTS, WEIGHT_INDEX = "model-unread-layers.safetensors", "model.safetensors.index.json"
+MAX_UNREAD = 1 << 30  # bytes; E4B's 15 layers take 63 MB
 CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
 
 
@@ -113,6 +114,11 @@ def _completed_layers(source: Source, with_cache: int | None) -> dict[str, bytes
                 lacking[own] = shapes[first]
     if not lacking:
         return {}
+    if 2 * sum(map(math.prod, lacking.values())) > MAX_UNREAD:
+        raise BadInputError(
+            f"{source.path} lacks the keys and values of layers from {with_cache} on, more than any Gemma 3n has",
+            next_step="Copy them from the model that it was tuned from.",
+        )
     written = {UNREAD_WEIGHTS: _zeros(lacking)}
     if WEIGHT_INDEX in source.files:
         index = json.loads((source.path / WEIGHT_INDEX).read_bytes())
@@ -185,7 +191,10 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
         raise MissingToolError(
             f"the converter needs {', '.join(missing)}", next_step="pip install 'gemma-gguf[convert]'"
         )
-    staged = stage_checkpoint(source, work).relative_to(work).as_posix()
+    checkpoint = stage_checkpoint(source, work)
+    if added := sorted(path.name for path in checkpoint.iterdir() if path.is_file() and not path.is_symlink()):
+        log.note(f"written for the converter beside the checkpoint's own files: {', '.join(added)}")
+    staged = checkpoint.relative_to(work).as_posix()
     stem = source.name.stem
     flags = embedding.converter_flags(source.facts.gguf_arch)
     base = _convert_one(

@@ -432,7 +432,7 @@ def _adapter(where: object, base: str | None = None) -> BadInputError:
         f"Adapter.from_pretrained({str(where)!r}, dtype='auto').merge_and_unload().save_pretrained('MERGED')"
     )
     named = base if base and re.fullmatch(r"[\w./~ -]{1,300}", base) else "BASE"
-    # The tokenizer's own files: what transformers saves of it lacks tokenizer.model, which the converter wants.
+    # A merged model is saved without a tokenizer; the base's own files are whole.
     files = (
         f"hf download {named} --include 'tokenizer*' --local-dir MERGED"
         if re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", named)

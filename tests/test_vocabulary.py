@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from gemma_gguf import convert, source, vocabulary
+from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.source import Source
 from gemma_gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece
@@ -100,7 +101,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ids with a gap": small(vocab={**small()["model"]["vocab"], "c": 300}),
     "an id twice": small(vocab={**small()["model"]["vocab"], "c": 3}),
     "ids that are none": small(vocab={**small()["model"]["vocab"], "c": "263"}),
+    "lists for ids": small(vocab={**small()["model"]["vocab"], "c": [263]}),
     "no unknown token": small(unk_token="<oov>"),
+    "an unknown token that is no text": small(unk_token={}),
     "a token without text": small(vocab={**small()["model"]["vocab"], "": 263}),
     "a merge of three": small(merges=["a b b"]),
     "merges that are none": small(merges=[{"a": "b"}]),
@@ -169,6 +172,12 @@ def test_zeros_stand_for_keys_and_values_that_nothing_reads(tmp_path: Path) -> N
     weight_map = json.loads(files["model.safetensors.index.json"].read_text())["weight_map"]
     assert {name for name, file in weight_map.items() if file == written.name} == set(shapes)
     assert len(weight_map) == 4 + 1 + 3
+
+
+def test_zeros_beyond_any_gemma_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "MAX_UNREAD", 101)  # they take 102 bytes
+    with pytest.raises(BadInputError, match="lacks the keys and values of layers"):
+        staged(gemma3n(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(("layer", "whole"), [(20, True), (19, False)], ids=["they are there", "they are read"])
