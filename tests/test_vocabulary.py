@@ -1,6 +1,8 @@
 """tokenizer.json -> tokenizer.model, with which SentencePiece reads as `tokenizers` does; and what is staged."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from gemma_gguf import convert, source, vocabulary
+from gemma_gguf import convert, demo, gguf_io, source, vocabulary
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.files import HashMemory
 from gemma_gguf.source import Source
@@ -53,6 +55,31 @@ def test_sentencepiece_reads_as_the_original(saved: Path) -> None:
     assert [ours.IdToPiece(number) for number in range(ours.vocab_size())] == gemma4.vocabulary()
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+SAVE = """
+import sys
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.proof
+def test_proof_of_families_with_gemmas_own_vocabulary(tmp_path: Path) -> None:
+    """All 262,144 tokens: what transformers saves of them gives the types and the order of the published model."""
+    original = gguf_io.read_header(demo.packaged_gguf(tmp_path))
+    demo.rebuild_checkpoint(original.path, tmp_path / "demo")
+    argv = [sys.executable, "-W", "ignore", "-c", SAVE, str(tmp_path / "demo"), str(tmp_path / "saved")]
+    subprocess.run(argv, check=True, capture_output=True)
+    pieces = vocabulary.pieces_of(source.tokenizer_json(tmp_path / "saved"))
+    assert pieces is not None
+    tokens, scores, kinds = (original.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+    assert (len(pieces), [number for number, piece in enumerate(pieces) if piece.kind == UNKNOWN]) == (262144, [3])
+    assert [CONTROL if piece.kind == UNKNOWN else piece.kind for piece in pieces] == kinds
+    normal = [number for number, kind in enumerate(kinds) if kind == NORMAL]
+    assert [pieces[number].text for number in normal] == [tokens[number] for number in normal]
+    ranked = sorted(normal, key=lambda number: -scores[number])
+    assert sorted(normal, key=lambda number: -pieces[number].score) == ranked
 
 
 def small(**model: Any) -> dict[str, Any]:
