@@ -8,6 +8,7 @@ only step that imports torch, in its own process.
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_gguf import embedding, gemma, gguf_io, vocabulary
-from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
+from gemma_gguf.errors import BadInputError, MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import partial_path, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog, python_env, run_tool
 from gemma_gguf.manifest import ConverterFacts
 from gemma_gguf.progress import Progress, silent
-from gemma_gguf.source import Source, tokenizer_json
+from gemma_gguf.source import Source, tokenizer_json, weight_shapes
 
 MMPROJ_TYPES = ("f16", "bf16", "f32")
+# `model` is how the converter knows weight files where there is no index.
+UNREAD_WEIGHTS, WEIGHT_INDEX = "model-unread-layers.safetensors", "model.safetensors.index.json"
+MAX_UNREAD = 1 << 30  # bytes; E4B's 15 layers take 63 MB
 CONVERTER_NEEDS = ("torch", "transformers", "sentencepiece", "safetensors")
 
 
@@ -76,17 +80,62 @@ def completed(source: Source) -> dict[str, bytes]:
     """Files with what Google's checkpoints say and transformers 5 does not save: {name: content}.
 
     The converter reads the vocabulary of Gemma 1 to 3n from tokenizer.model and the list of added tokens in
-    tokenizer_config.json, and looks for a key in Gemma 4's configuration whether there are experts or not.
+    tokenizer_config.json, and looks for a key in Gemma 4's configuration whether there are experts or not; llama.cpp
+    wants weights of Gemma 3n that are never read.
     """
     family = gemma.by_gguf_arch(source.facts.gguf_arch)
     if family is not None and family.vocabulary != "tokenizer.json":
-        return _completed_tokenizer(source)
+        return {**_completed_tokenizer(source), **_completed_layers(source, family.n_layers_with_cache)}
     config = json.loads((source.path / "config.json").read_bytes())
     text = config.get("text_config")
     if not isinstance(text, dict) or {"moe_intermediate_size", "expert_intermediate_size"} & text.keys():
         return {}
     text["moe_intermediate_size"] = None
     return {"config.json": json.dumps(config, indent=2).encode()}
+
+
+def _completed_layers(source: Source, with_cache: int | None) -> dict[str, bytes]:
+    """Zeros for the keys and values of the last layers of Gemma 3n, those from `with_cache` on.
+
+    They take them of earlier layers, so transformers neither loads nor saves their own. llama.cpp does not read them
+    either (`gemma.unread_layers`), but does not load a file without them.
+    """
+    if with_cache is None:
+        return {}
+    shapes = weight_shapes(source)
+    lacking: dict[str, tuple[int, ...]] = {}
+    for name in shapes:
+        match = re.fullmatch(r"(.*\blayers\.)(\d+)(\.self_attn\.)q_proj\.weight", name)
+        if match is None or int(match[2]) < with_cache:
+            continue
+        for part in ("k_proj", "v_proj", "k_norm"):
+            own, first = (f"{match[1]}{layer}{match[3]}{part}.weight" for layer in (match[2], 0))
+            if own not in shapes and first in shapes:
+                lacking[own] = shapes[first]
+    if not lacking:
+        return {}
+    if 2 * sum(map(math.prod, lacking.values())) > MAX_UNREAD:
+        raise BadInputError(
+            f"{source.path} lacks the keys and values of layers from {with_cache} on, more than any Gemma 3n has",
+            next_step="Copy them from the model that it was tuned from.",
+        )
+    written = {UNREAD_WEIGHTS: _zeros(lacking)}
+    if WEIGHT_INDEX in source.files:
+        index = json.loads((source.path / WEIGHT_INDEX).read_bytes())
+        index["weight_map"] |= dict.fromkeys(lacking, UNREAD_WEIGHTS)
+        written[WEIGHT_INDEX] = json.dumps(index).encode()
+    return written
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A safetensors file of BF16 zeros. Format: https://github.com/huggingface/safetensors#format"""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
 
 
 def _completed_tokenizer(source: Source) -> dict[str, bytes]:
@@ -142,7 +191,10 @@ def convert(source: Source, build: Build, work: Path, *, log: RunLog, progress: 
         raise MissingToolError(
             f"the converter needs {', '.join(missing)}", next_step="pip install 'gemma-gguf[convert]'"
         )
-    staged = stage_checkpoint(source, work).relative_to(work).as_posix()
+    checkpoint = stage_checkpoint(source, work)
+    if added := sorted(path.name for path in checkpoint.iterdir() if path.is_file() and not path.is_symlink()):
+        log.note(f"written for the converter beside the checkpoint's own files: {', '.join(added)}")
+    staged = checkpoint.relative_to(work).as_posix()
     stem = source.name.stem
     flags = embedding.converter_flags(source.facts.gguf_arch)
     base = _convert_one(

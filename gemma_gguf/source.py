@@ -433,7 +433,7 @@ def _adapter(where: object, base: str | None = None) -> BadInputError:
         f"Adapter.from_pretrained({str(where)!r}, dtype='auto').merge_and_unload().save_pretrained('MERGED')"
     )
     named = base if base and re.fullmatch(r"[\w./~ -]{1,300}", base) else "BASE"
-    # The tokenizer's own files: what transformers saves of it lacks tokenizer.model, which the converter wants.
+    # A merged model is saved without a tokenizer; the base's own files are whole.
     files = (
         f"hf download {named} --include 'tokenizer*' --local-dir MERGED"
         if re.fullmatch(rf"{NAME.pattern}/{NAME.pattern}", named)
@@ -611,12 +611,12 @@ def _refuse_without_projector(path: Path, projector: str | None, tensors: Iterab
         raise BadInputError(
             f"{path} sees, but neither preprocessor_config.json nor processor_config.json says how it scales pictures "
             "(image_mean, image_std)",
-            next_step="Copy both files, as far as there are two, from the model that it was tuned from (transformers "
-            f"saves them with the processor: processor.save_pretrained), or {no_mmproj}",
+            next_step="Copy whichever there is of them from the model that it was tuned from (transformers saves it "
+            f"with the processor: processor.save_pretrained), or {no_mmproj}",
         )
     root = gemma.TOWERS.get(str(projector))
     if root is not None and not any(name.startswith(root) for name in tensors):
-        seen = next(name for name in tensors if gemma.is_vision(name))
+        seen = next(name for name in tensors if gemma.is_vision(name) and "vision" in name)
         raise BadInputError(
             f"{path} names what it sees with otherwise than Google's files ({seen[:80]}, not {root}...), and "
             "llama.cpp's converter does not know these names",
@@ -666,13 +666,25 @@ Place = tuple[Path, int, int]  # file, first byte, number of bytes
 
 def _tensor_places(path: Path) -> dict[str, Place]:
     """{tensor: where its bytes are} of a safetensors file that was found whole."""
+    length, rows = _tensor_rows(path)
+    ranges = {name: row["data_offsets"] for name, row in rows.items()}
+    return {name: (path, 8 + length + start, end - start) for name, (start, end) in ranges.items()}
+
+
+def _tensor_rows(path: Path) -> tuple[int, dict[str, Any]]:
+    """(length of the header, its rows) of a safetensors file that was found whole; nothing of other files."""
     if path.suffix != ".safetensors":
-        return {}
+        return 0, {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    ranges = {name: row["data_offsets"] for name, row in header.items() if name != "__metadata__"}
-    return {name: (path, 8 + length + start, end - start) for name, (start, end) in ranges.items()}
+    return length, {name: row for name, row in header.items() if name != "__metadata__"}
+
+
+def weight_shapes(found: Source) -> dict[str, tuple[int, ...]]:
+    """{tensor: its shape} of a checkpoint's own weight files."""
+    files = [found.path / file for file in found.files if "/" not in file]
+    return {name: tuple(row["shape"]) for file in files for name, row in _tensor_rows(file)[1].items()}
 
 
 def _same_bytes(one: Place, other: Place, step: int = 1 << 24) -> bool:

@@ -37,7 +37,9 @@ def pieces_of(tokenizer: Mapping[str, Any]) -> list[Piece] | None:
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback") is not True:
         return None
     vocab, merges, unknown = model.get("vocab"), model.get("merges"), model.get("unk_token")
-    if not isinstance(vocab, dict) or not isinstance(merges, list) or unknown not in vocab or "" in vocab:
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(unknown, str):
+        return None
+    if unknown not in vocab or "" in vocab or not all(type(number) is int for number in vocab.values()):
         return None
     if {*vocab.values()} != {*range(len(vocab))} or sum(map(bool, map(_BYTE.fullmatch, vocab))) != 256:
         return None

@@ -18,7 +18,7 @@ from typing import Any
 from tests import checkpoints, gemma4
 
 SEED = 20261122
-SAVE_AGAIN = "--save-again"
+SAVE_AGAIN, CODE_NAMES = "--save-again", "--with-the-codes-names"
 # The tokens of Gemma 1 and 2 that are no text, at the places they have there; Gemma 3 has one more before the turns.
 _UNUSED = {"<fim_prefix>": 67, "<fim_middle>": 68, "<fim_suffix>": 69, "<file_separator>": 70}
 _FIRST = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]")
@@ -422,27 +422,27 @@ def write(directory: Path, names: Iterable[str] = tuple(CHECKPOINTS)) -> dict[st
     return paths
 
 
-def save_again(originals: Mapping[str, Path], directory: Path) -> dict[str, Path]:
+def save_again(originals: Mapping[str, Path], directory: Path, how: str = SAVE_AGAIN) -> dict[str, Path]:
     """{name: a fine-tune of it}: loaded and saved by transformers, the model and its tokenizer, in a child process."""
     pairs = [word for name, path in originals.items() for word in (str(path), str(directory / name))]
-    subprocess.run([sys.executable, "-m", "tests.families", SAVE_AGAIN, *pairs], check=True)
+    subprocess.run([sys.executable, "-m", "tests.families", how, *pairs], check=True)
     return {name: directory / name for name in originals}
 
 
-def _save_again(original: Path, directory: Path) -> None:
+def _save_again(original: Path, directory: Path, how: str) -> None:
     import torch  # noqa: PLC0415
     import transformers as hf  # noqa: PLC0415
 
     (architecture,) = json.loads((original / "config.json").read_text())["architectures"]
     model = getattr(hf, architecture).from_pretrained(original, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_original_format=how == SAVE_AGAIN)
     hf.AutoTokenizer.from_pretrained(original).save_pretrained(directory)
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[0] == SAVE_AGAIN:
+    if arguments[0] in (SAVE_AGAIN, CODE_NAMES):
         for original, directory in zip(arguments[1::2], arguments[2::2], strict=True):
-            _save_again(Path(original), Path(directory))
+            _save_again(Path(original), Path(directory), arguments[0])
         return
     for name in arguments[1:]:
         _save(CHECKPOINTS[name], Path(arguments[0]) / name)

@@ -2,17 +2,35 @@
 
 import contextlib
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from gemma_gguf import convert, factory, gemma, gguf_io, imatrix, manifest, memory, proof, quantize, recipes, verify
-from gemma_gguf.errors import ToolFailedError, VerificationError
+from gemma_gguf import (
+    convert,
+    factory,
+    gemma,
+    gguf_io,
+    imatrix,
+    llama_cpp,
+    manifest,
+    memory,
+    proof,
+    quantize,
+    recipes,
+    source,
+    verify,
+)
+from gemma_gguf.errors import BadInputError, ToolFailedError, VerificationError
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build, RunLog
 from gemma_gguf.manifest import Manifest
@@ -163,6 +181,7 @@ def test_gemma_3_with_vision_goes_all_the_way(
 # --- fine-tunes, as transformers saves them -------------------------------------------------------------------------
 
 SAVED = ("gemma-2", "merge", "gemma-4-unified")  # a tokenizer.model, added tokens beside one, a processor
+SAVED_TEXT = "gemma-3n-text"  # keys and values that nothing reads are not saved
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +216,59 @@ def test_what_transformers_saved_converts_to_the_same_base(
         assert ours.get(f"tokenizer.ggml.{key}") == theirs.get(f"tokenizer.ggml.{key}"), key
     projectors = [entry for entry in original.facts.files if entry.kind == "mmproj"]
     assert len(list(tmp_path.rglob("mmproj-*.gguf"))) == len(projectors)
+
+
+def test_a_saved_gemma_3n_loads_though_keys_that_nothing_reads_are_gone(build: Build, tmp_path: Path) -> None:
+    """With what is put in their place a file gives the same logits as with the original ones."""
+    original = families.write(tmp_path / "original", [SAVED_TEXT])
+    saved = families.save_again(original, tmp_path / "saved")
+    logs = []
+    for number, path in enumerate((original[SAVED_TEXT], saved[SAVED_TEXT])):
+        out = tmp_path / str(number)
+        factory.run(Options(str(path), name="test/n", out=out, recipes=("bf16",), until="convert"))
+        (base,) = out.rglob("*-bf16.gguf")
+        header = gguf_io.read_header(base)
+        unread = gemma.unread_tensors(header)
+        assert len(unread) == 4
+        zeros = {name for name in unread if not header.read(header.by_name[name]).any()}
+        assert zeros == (set(unread) if number else set())
+        logs.append(logits(build, base, tmp_path))
+    assert np.isfinite(logs[0]).all()
+    assert np.array_equal(logs[0], logs[1])
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["gemma-3-vision", "gemma-4-unified"])
+def test_proof_of_the_command_that_gives_tensors_their_published_names(name: str, tmp_path: Path) -> None:
+    """A fine-tune with names that the converter does not know is refused with a command; it does what it says."""
+    original = families.write(tmp_path / "original", [name])[name]
+    renamed = families.save_again({name: original}, tmp_path / "saved", families.CODE_NAMES)[name]
+    shutil.copy(original / "preprocessor_config.json", renamed)
+    with pytest.raises(BadInputError, match="names what it sees with otherwise") as caught:
+        source.examine(renamed, projectors=True)
+    (command,) = (line for line in str(caught.value.next_step).splitlines() if line.startswith("python -c "))
+    command = command.replace("ORIGINAL", str(original)).replace("RENAMED", str(tmp_path / "RENAMED"))
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    for file in (*original.glob("tokenizer*"), original / "preprocessor_config.json"):
+        shutil.copy(file, tmp_path / "RENAMED")
+    assert set(source.examine(renamed).tensors) != set(source.examine(original).tensors)
+    assert source.examine(tmp_path / "RENAMED", projectors=True).tensors == source.examine(original).tensors
+
+
+LOGITS = """
+import sys
+import llama_cpp, numpy as np
+llama = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
+llama.eval(list(range(120, 160)))
+np.asarray(llama.scores[:40], np.float32).tofile(sys.argv[2])
+"""
+
+
+def logits(build: Build, model: Path, directory: Path) -> npt.NDArray[np.float32]:
+    out = directory / "logits"
+    argv = [sys.executable, "-W", "ignore", "-c", LOGITS, str(model), str(out)]
+    subprocess.run(argv, env=llama_cpp.python_env(build), check=True, capture_output=True)
+    return np.fromfile(out, np.float32)
 
 
 def test_tokens_that_the_converter_makes_visible_are_said_to_be_left_out(sets: Callable[[str], Made]) -> None:
