@@ -131,7 +131,8 @@ def compare_with_reference(
     """Raise `VerificationError` naming the first differing tensor unless llama-quantize makes the same file as `made`.
 
     `made` is one path, or those of all shards in their order: these are compared with what llama-gguf-split cuts of
-    llama-quantize's file, those of the bf16 row with what it cuts of the base.
+    llama-quantize's file, those of the bf16 row with what it cuts of the base. `limit` is the set's split limit; shards
+    of an earlier run with another are cut as they are.
     """
     work = set_dir.parent / WORK / stem
     reference = work / f"{REFERENCE}-{recipe.name}{PARTIAL}.gguf"
@@ -147,7 +148,8 @@ def compare_with_reference(
             return
         make_directory(cut)
         prefix = str(cut / f"{stem}-{recipe.name}")
-        llama_cpp.run_tool(quantize.split_argv(build, str(reference), prefix, limit), log=log)
+        cut_at = shards.limit_of(shards.read(made), limit)
+        llama_cpp.run_tool(quantize.split_argv(build, str(reference), prefix, cut_at), log=log)
         theirs, ours = sorted(path.name for path in cut.iterdir()), [path.name for path in made]
         if theirs != ours:
             raise VerificationError(

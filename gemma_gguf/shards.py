@@ -123,7 +123,22 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def is_cut_at(parts: Sequence[Header], limit: int) -> bool:
     """Whether a file, or its shards, hold what they would with this limit."""
     sizes = [tensor.n_bytes for part in parts for tensor in part.tensors]
+    if padded(sizes[0]) > limit:
+        return False  # nothing can be cut there, so this is not
     return counts(sizes, limit) == [len(part.tensors) for part in parts]
+
+
+def limit_of(parts: Sequence[Header], recorded: int) -> int:
+    """The limit that shards were cut at: `recorded` if it cuts so, else the least that does, in whole megabytes.
+
+    A set can hold files of an earlier run with another limit.
+    """
+    if is_cut_at(parts, recorded):
+        return recorded
+    held = [sum(padded(tensor.n_bytes) for tensor in part.tensors) for part in parts if len(part.tensors) > 1]
+    # A tensor alone in its shard may be larger than the limit, unless it is the first.
+    least = max([padded(parts[0].tensors[0].n_bytes), *held])
+    return -(-least // MEGABYTE) * MEGABYTE
 
 
 def read(paths: Sequence[Path]) -> list[Header]:

@@ -34,7 +34,7 @@ from gemma_gguf import (
 )
 from gemma_gguf.cli import main
 from gemma_gguf.errors import BadInputError, GemmaGGUFError
-from gemma_gguf.files import replace_folder_durably, sha256_file
+from gemma_gguf.files import preallocate, replace_folder_durably, sha256_file, write_at
 from gemma_gguf.llama_cpp import Build
 from gemma_gguf.manifest import FileDecision, FileEntry, Manifest, Shard
 from gemma_gguf.session import Done, Options, PublishOptions
@@ -72,6 +72,34 @@ def test_first_tensor_over_the_limit_is_refused_as_the_tool_does() -> None:
     with pytest.raises(BadInputError, match="the first tensor alone takes 320 bytes, more than the 64") as caught:
         shards.counts([320, 32], 64)
     assert caught.value.next_step == "Raise --split-max-size."
+
+
+@pytest.mark.parametrize(
+    ("cut", "recorded", "expected"),
+    [
+        pytest.param([[1, 1], [1]], 2 * MB, 2 * MB, id="recorded"),
+        pytest.param([[1, 1], [1]], 50 * MB, 2 * MB, id="of-an-earlier-run"),
+        pytest.param([[1], [9], [2, 3], [4]], 50 * MB, 5 * MB, id="one-is-larger-than-the-limit"),
+        pytest.param([[2], [9]], MB, 2 * MB, id="recorded-is-below-the-first"),
+    ],
+)
+def test_limit_that_shards_were_cut_at(cut: list[list[int]], recorded: int, expected: int, tmp_path: Path) -> None:
+    """Sizes of tensors in megabytes; what is found cuts just so."""
+    rows = [
+        (f"t{shard}.{n}", (size * MB,), GGMLQuantizationType.I8)
+        for shard, own in enumerate(cut)
+        for n, size in enumerate(own)
+    ]
+    parts, at = [], 0
+    for number, own in enumerate(cut):
+        header = gguf_io.header_of([], rows[at : at + len(own)])
+        path = tmp_path / f"{number}.gguf"
+        preallocate(path, header.file_size)
+        write_at(path, header.data, 0)
+        parts.append(gguf_io.read_header(path))
+        at += len(own)
+    assert shards.limit_of(parts, recorded) == expected
+    assert shards.is_cut_at(parts, expected)
 
 
 def test_names() -> None:
@@ -314,6 +342,10 @@ def test_another_limit_makes_what_it_changes(made: Made, tmp_path: Path) -> None
     assert {e.name: [s.sha256 for s in e.shards] for e in other.facts.files} == {
         e.name: [s.sha256 for s in e.shards] for e in made.facts.files
     }
+    # What is not asked for stays as it was cut, and is proven so.
+    assert again(other, recipes=("IQ2_XS",), split_max_size=2 * MB) == {}
+    assert other.facts.split_max_size == 2 * MB
+    assert sorted(proof.prove_set(other.set_dir)) == sorted((*CUT, "IQ2_XS"))
 
 
 def test_disk_that_holds_the_whole_files_but_not_the_cut_base(made: Made, tmp_path: Path) -> None:
