@@ -80,6 +80,31 @@ def test_what_the_converter_drops_and_reads(family: gemma.Family, classes: list[
     assert reads == family.vocabulary
 
 
+FIRST = {"gemma3": "embeddings.patch_embedding", "gemma4uv": "patch_dense"}  # a tensor behind what TOWERS says
+
+
+def test_names_of_towers_are_those_that_the_converter_knows(classes: list[Converts], build: Build) -> None:
+    """The day it knows those of transformers' code, too, nobody has to be refused for them."""
+    mapping = (build.converter.parent / "gguf-py" / "gguf" / "tensor_mapping.py").read_text()
+    assert set(FIRST) == set(gemma.TOWERS)
+    for projector, first in FIRST.items():
+        assert f'"{gemma.TOWERS[projector]}{first}"' in mapping
+    for unknown in ("vision_tower.embeddings.patch_embedding", "model.embed_vision.patch_dense"):
+        assert f'"{unknown}"' not in mapping
+    (body,) = (row.body for row in classes if "VisionProjectorType.GEMMA3)" in row.body)
+    (roots,) = re.findall(r"if not name\.startswith\(\((.*?)\)\):\n +return None", body)
+    assert [root for root in re.findall(r'"([\w.]+)"', roots) if root.startswith("model.")] == []
+
+
+def test_projectors_are_scaled_by_what_the_processor_says(classes: list[Converts], build: Build) -> None:
+    base = (build.converter.parent / "conversion" / "base.py").read_text()
+    assert 'self.preprocessor_config["image_mean"]' in base  # a KeyError without it
+    own = [row.architectures for row in classes if 'self.preprocessor_config["image_mean"] =' in row.body]
+    assert own == [("Gemma3nForConditionalGeneration",)]
+    kinds = {row.vision for family in gemma.FAMILIES for row in family.architectures.values() if row.vision}
+    assert kinds - gemma.SCALED_BY_PROCESSOR == {"gemma3nv"}
+
+
 # --- what the files say --------------------------------------------------------------------------------------------
 
 SIGLIP, SOUND = "vision_tower.vision_model.post_layernorm.weight", "model.audio_tower.output_proj.weight"
