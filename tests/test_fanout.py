@@ -248,6 +248,17 @@ def test_interrupted_run_of_fewer_recipes_leaves_no_holes(job: Job) -> None:
     assert job.hashes() == job.expected
 
 
+def test_interrupted_job_is_known_and_makes_room_for_another(job: Job) -> None:
+    """What was begun is told to a run over the same inputs; where another job comes first, its files must not stay."""
+    assert fanout.interrupted(job.dir, "test") == frozenset()
+    fanout.prepare(_content_of(job, [0, 1]), job.dir, job.outputs[:2])
+    assert fanout.interrupted(job.dir, "test") == set(SOME[:2])
+    assert fanout.interrupted(job.dir, "other inputs") == frozenset()
+    fanout.prepare(_content_of(job, [1, 2]), job.dir, job.outputs[1:3])
+    assert [output.recipe for output in job.outputs if output.partial.exists()] == [*SOME[1:3]]
+    assert fanout.interrupted(job.dir, "test") == set(SOME[1:3])
+
+
 def _content_of(job: Job, indices: list[int]) -> dict[str, Any]:
     """The job of a run that wants only some of the outputs, as `prepare` sees it before it finds the old one."""
     chosen = {field: [job.content[field][i] for i in indices] for field in ("recipes", "outputs", "sizes")}
