@@ -221,14 +221,23 @@ def write_gemma3_vision(directory: Path, seed: int = 1, layers: int = LAYERS) ->
     return directory
 
 
-def write_gemma3_text(directory: Path, seed: int = 1, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
+def write_gemma3_text(
+    directory: Path, seed: int = 1, layers: int = LAYERS, hidden: int = HIDDEN, *, uneven: bool = False
+) -> Path:
     """A text-only Gemma 3 (`Gemma3ForCausalLM`) with random weights, in two shards.
 
-    A `hidden` of 160 makes columns that 256 does not divide, as in Gemma 3 270M: then llama.cpp falls back.
+    A `hidden` of 160 makes columns that 256 does not divide, as in Gemma 3 270M: then llama.cpp falls back. `uneven`
+    weights have blocks of very different scales, on which quantisers differ that hardly do on others.
     """
     directory.mkdir(parents=True, exist_ok=True)
     n_vocab = _write_tokenizer(directory)
-    language = language_weights(np.random.default_rng(seed), n_vocab, layers, hidden)
+    rng = np.random.default_rng(seed)
+    language = language_weights(rng, n_vocab, layers, hidden)
+    if uneven:
+        for name, weights in language.items():
+            if "mlp" in name:
+                scales = np.exp2(rng.integers(-10, 1, weights.size // 32)).astype(np.float32)
+                language[name] = weights * scales.repeat(32).reshape(weights.shape)
     tensors = {f"model.{k}": v for k, v in language.items()}
     write_shards(directory, tensors)
     config = {

@@ -250,7 +250,11 @@ def test_a_changed_quantiser_is_found_by_its_hash_and_by_rows(made: tuple[Option
     ("write", "names", "chunks", "differs"),
     [
         pytest.param(
-            lambda path: checkpoints.write_gemma3_text(path, layers=1), (*SOME, "IQ1_M"), 2, True, id="other-bytes"
+            lambda path: checkpoints.write_gemma3_text(path, layers=4, uneven=True),
+            (*SOME, "IQ1_M"),
+            2,
+            True,
+            id="other-bytes",
         ),
         pytest.param(checkpoints.write_gemma3_vision, tuple(recipes.TABLE), 8, None, id="all-recipes"),
     ],
