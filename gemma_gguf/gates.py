@@ -177,12 +177,10 @@ def _exceeds(mine: Measured, theirs: Measured, bounds: GateFacts, noise: float) 
     The error is that of independent measurements; both are made on the same tokens, so it is an upper bound. `noise`
     is what the base has against itself: below it no divergence means anything.
     """
-    scaled = Measured(
-        value=bounds.max_kld_ratio * max(theirs.value, noise),
-        se=None if theirs.se is None else bounds.max_kld_ratio * theirs.se,
-    )
-    over = difference(mine, scaled)
-    return over.se is not None and over.value > bounds.errors * over.se
+    if mine.se is None or theirs.se is None:
+        return False
+    over = mine.value - bounds.max_kld_ratio * max(theirs.value, noise)
+    return over > bounds.errors * math.hypot(mine.se, bounds.max_kld_ratio * theirs.se)
 
 
 def refusals(manifest: Manifest) -> list[str]:

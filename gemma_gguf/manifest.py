@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from gemma_gguf.errors import BadInputError
@@ -36,6 +36,15 @@ def _whole_number(value: object) -> object:
     if type(value) is not int or not 1 <= value <= SCHEMA_VERSION:
         raise PydanticCustomError("schema_version", f"Input should be 1 to {SCHEMA_VERSION}")
     return value
+
+
+def _pairs(flags: list[str]) -> list[str]:
+    if len(flags) % 2 or not all(option.startswith("--") for option in flags[::2]):
+        raise PydanticCustomError("flags", "should be options of llama-quantize, each with its value")
+    return flags
+
+
+Flags = Annotated[list[str], AfterValidator(_pairs)]
 
 
 class _Model(BaseModel):
@@ -202,7 +211,7 @@ class FileEntry(_Model):
     recipe: RecipeName | None
     about: str | None  # what the recipe is
     ftype: str | None  # what llama-quantize was told, beside `flags`
-    flags: list[str]
+    flags: Flags
     static: bool  # made without the set's imatrix
     state: Literal["local", "remote"]  # `local` files are there and whole, `remote` ones need not be on this disk
     remote: RemotePlace | None  # of `remote` files
@@ -274,7 +283,7 @@ class CustomRecipe(_Model):
     name: RecipeName
     ftype: str
     about: str
-    flags: list[str]
+    flags: Flags
 
 
 class Measured(_Model):

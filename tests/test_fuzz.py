@@ -49,7 +49,7 @@ def test_fuzz(reader: str, tmp_path: Path) -> None:
 def test_three_seconds(reader: str, tmp_path: Path) -> None:
     result = _campaign(reader, "3", 1, tmp_path)
     assert result["findings"] == []
-    assert result["executions"] > 100
+    assert result["executions"] > 10  # each manifest is rendered, too
     assert result["edges"] > 40
 
 
@@ -134,6 +134,10 @@ FOUND = {
     "manifest: a sum of 4301 digits": Found(
         "manifest", _manifest("files.3.fallbacks", json.dumps({"a": WHOLE_NUMBER, "b": WHOLE_NUMBER})), "fallbacks"
     ),
+    "manifest: an option without its value": Found(
+        "manifest", _manifest("files.3.flags", '["--pure"]'), r"files\.3\.flags"
+    ),
+    "manifest: a ratio of 1e305": Found("manifest", _manifest("gates.max_kld_ratio", "1e305"), "^$"),
     "template: not UTF-8": Found("safetensors", packed(chat_template_jinja=b"\xff"), r"chat_template\.jinja"),
     "template: half a surrogate pair": Found(
         "safetensors", packed(tokenizer_config_json='{"chat_template": "\\ud800"}'), r"tokenizer_config\.json"
