@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from gemma_gguf import llama_cpp
-from gemma_gguf.errors import BadInputError, KilledError
+from gemma_gguf.errors import BadInputError
 
 Message = Mapping[str, Any]
 
@@ -98,12 +98,7 @@ def render_many(
     code, output = llama_cpp.ask_confined(
         "gemma_gguf.sandbox", [str(seconds), str(MEMORY)], json.dumps(request), wait_seconds=seconds + WAIT_SECONDS
     )
-    if code is None or code == -signal.SIGKILL:
-        happened = "was killed" if code else f"did not end within {seconds + WAIT_SECONDS:g} s"
-        raise KilledError(
-            f"the process that renders the chat template {happened}",
-            next_step="Run the same command again, when the machine has memory and computing time to spare.",
-        )
+    llama_cpp.check_ended(code, "renders the chat template", seconds + WAIT_SECONDS)
     try:
         said = json.loads(output)
     except ValueError:

@@ -27,7 +27,6 @@ from gemma_gguf import (
     planning,
     quantisers,
     quantize,
-    recipes,
     session,
     shards,
     source,
@@ -38,7 +37,7 @@ from gemma_gguf.errors import BadInputError, GemmaGGUFError, MissingToolError, T
 from gemma_gguf.files import sha256_bytes, sha256_file, sha256_json, write_atomic
 from gemma_gguf.gguf_io import Header
 from gemma_gguf.llama_cpp import Build
-from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry, Manifest
+from gemma_gguf.manifest import ConverterFacts, FileDecision, FileEntry
 from gemma_gguf.plan import FilePlan
 from gemma_gguf.recipes import Recipe
 from gemma_gguf.session import CHECKPOINT, WORK, Run
@@ -117,8 +116,8 @@ def look(state: Run, scratch: Path, shared: Shared, *, model: str | None, new_im
 
 def _take_up(state: Run, seen: Seen) -> None:
     """What an interrupted refresh to this build had decided to change stays decided: some of it may be done."""
-    earlier = state.manifest.refresh
-    if earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key:
+    earlier = state.manifest.begun_refresh(state.build.key)
+    if earlier is not None:
         for name, decision in earlier.files.items():
             now, entry = seen.decisions.get(name), state.manifest.file(name)
             if now is None or entry is None or decision.outcome not in ("keys", "remake"):
@@ -284,7 +283,7 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
     given = state.set_dir / imatrix.file_name(state.stem)
     base = gguf_io.read_header(seen.base)
     for entry in entries:
-        asked = recipe_of(state.manifest, entry)
+        asked = state.manifest.row(str(entry.recipe)) or entry.as_recipe()
         if asked.ftype in state.offered:
             (seen.recipes[entry.name],) = session.fitted(state, [asked], base)
         else:
@@ -295,7 +294,8 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
             seen.decisions[entry.name] = stale.unknown("the imatrix that llama-quantize needs to plan is missing")
         return
     made = [seen.recipes[entry.name] for entry in entries]
-    plans = _plans(state, made, base, given, shared.plans)
+    imatrix_header = gguf_io.read_header(given)
+    plans = _plans(state, made, base, imatrix_header, shared.plans)
     expected = planning.outputs_of(state, base, made, plans, given)
     held = {entry.name: shards.read([state.set_dir / part.name for part in entry.parts]) for entry in entries}
     retyped = {entry.name: _retyped(plans[str(entry.recipe)], shards.joined(held[entry.name])) for entry in entries}
@@ -312,7 +312,6 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
         workers=shared.workers,
     )
     numbers = quantize.ftype_numbers(state.build, state.log)
-    imatrix_header = gguf_io.read_header(given)
     types = {name: _quantised_types(output.plan) for name, output in seen.outputs.items()}
     others = {e.name: e.build for e in entries if not state.manifest.is_of_build(e, state.build.key)}
     hashes = _quantiser_hashes(state, types, others)
@@ -342,13 +341,13 @@ def _look_at_quants(state: Run, seen: Seen, entries: Sequence[FileEntry], change
 
 
 def _plans(
-    state: Run, made: Sequence[Recipe], base: Header, given: Path, known: dict[str, FilePlan]
+    state: Run, made: Sequence[Recipe], base: Header, given: Header, known: dict[str, FilePlan]
 ) -> dict[str, FilePlan]:
     """What this build's llama-quantize would write for each recipe; asked once for all models of one shape."""
-    shape = shape_of(base, gguf_io.read_header(given))
+    shape = shape_of(base, given)
     keys = {row.name: sha256_json([shape, row.name, row.ftype, list(row.flags), row.static]) for row in made}
     missing = [recipe for recipe in made if keys[recipe.name] not in known]
-    known |= {keys[name]: asked for name, asked in planning.plans_for(state, missing, base, given).items()}
+    known |= {keys[name]: asked for name, asked in planning.plans_for(state, missing, base, given.path).items()}
     return {name: known[key] for name, key in keys.items()}
 
 
@@ -364,13 +363,6 @@ def shape_of(base: Header, given: Header) -> list[object]:
         [[tensor.name, tensor.shape, tensor.ggml_type.name] for tensor in base.tensors],
         [[tensor.name, tensor.shape] for tensor in given.tensors],
     ]
-
-
-def recipe_of(facts: Manifest, entry: FileEntry) -> Recipe:
-    """The recipe of a file as it was asked for: a row of the table, one of the set's own, or what the file says."""
-    own = {row.name: Recipe(row.name, row.ftype, row.about, tuple(row.flags)) for row in facts.custom_recipes}
-    name = str(entry.recipe)
-    return recipes.TABLE.get(name) or own.get(name) or entry.as_recipe()
 
 
 def _retyped(asked: FilePlan, held: Header) -> tuple[str, ...]:

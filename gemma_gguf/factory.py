@@ -76,13 +76,13 @@ from gemma_gguf.session import (
     Run,
     calibration_text,
     fitted,
-    join_base,
     model_name,
     new_entry,
     open_run,
     plan_recipe,
     probe_text,
     removed_when_bad,
+    restore_base,
     select_recipes,
     stage_is_done,
     wanted_recipes,
@@ -177,13 +177,9 @@ def _convert(state: Run) -> None:
         _given_base(state, options.base)
         return
     key = convert_key(state)
-    bf16_row = state.set_dir / convert.base_name(state.stem)
     record = state.manifest.stages.get("convert")
-    # The work directory can be deleted at any time: the bf16 row is the same file.
-    if not state.base.exists() and bf16_row.exists() and record is not None and record.key == key:
-        link_or_copy(bf16_row, state.base)
-    elif record is not None and record.key == key:
-        join_base(state.set_dir, state.manifest, state.base)
+    if record is not None and record.key == key:  # the work directory can be deleted at any time
+        restore_base(state.set_dir, state.manifest, state.base)
     if (why := stage_is_done(state, "convert", key)) is not None:
         state.did(Done("convert", "base", False, why, 0.0, state.base.stat().st_size))
         return

@@ -362,6 +362,17 @@ def ask_confined(
     return child.returncode, output
 
 
+def check_ended(code: int | None, what: str, waited: float) -> None:
+    """Raise `KilledError` when a process of `ask_confined` was killed from outside, or `waited` seconds in vain: that
+    tells nothing of what it was asked. `what` says for it what the process does."""
+    if code is None or code == -signal.SIGKILL:
+        happened = "was killed" if code else f"did not end within {waited:g} s"
+        raise KilledError(
+            f"the process that {what} {happened}",
+            next_step="Run the same command again, when the machine has memory and computing time to spare.",
+        )
+
+
 def end_leftovers(log: RunLog) -> int:
     """End children that an earlier run left when it was killed: they would go on writing. Returns how many."""
     ended = 0

@@ -285,6 +285,9 @@ class CustomRecipe(_Model):
     about: str
     flags: Flags
 
+    def as_recipe(self) -> Recipe:
+        return Recipe(self.name, self.ftype, self.about, tuple(self.flags))
+
 
 class Measured(_Model):
     """A measured number with its standard error; `se` is None where one cannot be given."""
@@ -579,6 +582,11 @@ class Manifest(_Model):
         """The file of a recipe, in whatever form."""
         return next((entry for entry in self.files if entry.kind == "model" and entry.recipe == recipe), None)
 
+    def row(self, recipe: str) -> Recipe | None:
+        """The recipe of this name as it is asked for: a row of the table, or one of the set's own."""
+        own = {row.name: row for row in self.custom_recipes}
+        return TABLE.get(recipe) or (own[recipe].as_recipe() if recipe in own else None)
+
     def with_file(self, entry: FileEntry) -> "Manifest":
         """A copy that holds `entry` in the place of any older one of that name, or of that recipe."""
 
@@ -586,6 +594,11 @@ class Manifest(_Model):
             return other.name == entry.name or (entry.kind == other.kind == "model" and other.recipe == entry.recipe)
 
         return self.model_copy(update={"files": [*(f for f in self.files if not is_older(f)), entry]})
+
+    def begun_refresh(self, key: str) -> RefreshFacts | None:
+        """The refresh to the build with this key that was interrupted, if there is one."""
+        begun = self.refresh is not None and self.refresh.state == "applying" and self.refresh.build.key == key
+        return self.refresh if begun else None
 
     def is_of_build(self, entry: FileEntry, key: str) -> bool:
         """Whether a build made this file, or was found to make just these bytes."""

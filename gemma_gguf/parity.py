@@ -18,7 +18,6 @@ up for it, on purpose.
 import json
 import re
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from gemma_gguf import tokenizer
-from gemma_gguf.errors import KilledError, MissingToolError, ToolFailedError, VerificationError
+from gemma_gguf.errors import MissingToolError, ToolFailedError, VerificationError
 from gemma_gguf.files import make_directory, sha256_json, write_atomic
 from gemma_gguf.gguf_io import Header
-from gemma_gguf.llama_cpp import Build, RunLog, Server, ask_bindings, ask_confined, serving
+from gemma_gguf.llama_cpp import Build, RunLog, Server, ask_bindings, ask_confined, check_ended, serving
 from gemma_gguf.manifest import ParityDifference, ParityFacts
 from gemma_gguf.prompts import TOOLS
 from gemma_gguf.source import Source
@@ -238,12 +237,7 @@ def ask_reference(
     }
     log.note("asking the checkpoint's tokenizer: python -m gemma_gguf.tokenizer")
     code, output = ask_confined("gemma_gguf.tokenizer", [], json.dumps(request), wait_seconds=WAIT_SECONDS)
-    if code is None or code == -signal.SIGKILL:
-        happened = "was killed" if code else f"did not end within {WAIT_SECONDS:g} s"
-        raise KilledError(
-            f"the process that asks the checkpoint's tokenizer {happened}",
-            next_step="Run the same command again, when the machine has memory and computing time to spare.",
-        )
+    check_ended(code, "asks the checkpoint's tokenizer", WAIT_SECONDS)
     try:
         said = json.loads(output)
     except ValueError:

@@ -24,7 +24,6 @@ from gemma_gguf import (
 from gemma_gguf.errors import BadInputError, VerificationError
 from gemma_gguf.files import (
     PARTIAL,
-    link_or_copy,
     make_directory,
     sha256_json,
 )
@@ -36,8 +35,8 @@ from gemma_gguf.session import (
     WORK,
     Done,
     Run,
-    join_base,
     open_work,
+    restore_base,
 )
 
 REFERENCE = "reference"  # begins the name of llama-quantize's file
@@ -187,9 +186,7 @@ def prove_set(
     made = sorted((entry for entry in models if entry.is_there(set_dir)), key=lambda entry: entry.n_bytes)
     work = set_dir.parent / WORK / facts.stem
     base = work / convert.base_name(facts.stem)
-    if not base.exists() and (row := set_dir / base.name).exists():
-        link_or_copy(row, base)
-    join_base(set_dir, facts, base)
+    restore_base(set_dir, facts, base)
     if not made or not base.exists():
         raise BadInputError(
             f"{set_dir} has no {'base' if made else 'quants'} to compare with llama-quantize's",

@@ -211,9 +211,8 @@ def _number(text: str | None) -> int | None:
 
 def _record(state: Run, seen: Seen, how: Any) -> None:
     """Write the decisions into the manifest, each with the hash of the file it now speaks of."""
-    earlier = state.manifest.refresh
-    resumed = earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key
-    before = earlier.before if resumed and earlier is not None else state.manifest.llama_cpp
+    earlier = state.manifest.begun_refresh(state.build.key)
+    before = earlier.before if earlier is not None else state.manifest.llama_cpp
     builds = {
         measured.build
         for found in state.manifest.evidence.values()
@@ -257,11 +256,10 @@ def _carry_out(state: Run, seen: Seen) -> None:
         factory.compare_with_checkpoint(state, seen.checkpoint, seen.base)
     old_key = state.manifest.llama_cpp.key
     old_base = _base_sha(state)
-    earlier = state.manifest.refresh
-    resumed = earlier is not None and earlier.state == "applying" and earlier.build.key == state.build.key
+    earlier = state.manifest.begun_refresh(state.build.key)
     old_shas = {entry.name: entry.sha256 for entry in state.manifest.files}
     old_shards = {entry.name: entry.shards for entry in state.manifest.files}
-    if resumed and earlier is not None:  # what is done by now has another hash
+    if earlier is not None:  # what is done by now has another hash
         old_shas |= {name: found.sha256 for name, found in earlier.files.items() if found.sha256 is not None}
     _record(state, seen, "applying")
     _install_converted(state, seen)

@@ -44,6 +44,7 @@ from gemma_gguf.evaluate import DISK_BUDGET as EVAL_DISK_BUDGET
 from gemma_gguf.files import (
     PARTIAL,
     HashMemory,
+    link_or_copy,
     locked,
     make_directory,
     partial_path,
@@ -258,6 +259,15 @@ def set_of(which: str, name: str | None, naming: str, out: Path) -> Path:
 def base_places(set_dir: Path, work: Path, stem: str) -> tuple[Path, Path]:
     """Where the base of a set can be: the work directory, which may be deleted, and the bf16 row, the same file."""
     return work / convert.base_name(stem), set_dir / convert.base_name(stem)
+
+
+def restore_base(set_dir: Path, facts: Manifest, base: Path) -> None:
+    """Have the base again where it is gone: the bf16 row of the set is the same file, whole or in shards."""
+    row = set_dir / base.name
+    if not base.exists() and row.exists():
+        link_or_copy(row, base)
+    else:
+        join_base(set_dir, facts, base)
 
 
 def join_base(set_dir: Path, facts: Manifest, base: Path) -> None:

@@ -15,7 +15,7 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFVal
 
 from gemma_gguf import gguf_io
 from gemma_gguf.errors import BadInputError
-from gemma_gguf.files import write_stream
+from gemma_gguf.files import sha256_file, write_stream
 from gemma_gguf.gguf_io import Header, NewHeader, n_bytes_of, padded
 
 MEGABYTE = 1_000_000  # llama-gguf-split takes whole ones
@@ -174,6 +174,9 @@ def hashes(parts: Sequence[Header]) -> tuple[str, list[str]]:
 
     Of a whole file both are its own.
     """
+    if len(parts) == 1:
+        digest_of_all = sha256_file(parts[0].path)
+        return digest_of_all, [digest_of_all]
     whole = hashlib.sha256(_whole_header(parts).data)
     own: list[str] = []
     for part in parts:
@@ -183,7 +186,7 @@ def hashes(parts: Sequence[Header]) -> tuple[str, list[str]]:
             data = piece[max(0, part.data_start - at) :]
             whole.update(data)
         own.append(digest.hexdigest())
-    return (own[0] if len(parts) == 1 else whole.hexdigest()), own
+    return whole.hexdigest(), own
 
 
 def join(parts: Sequence[Header], target: Path) -> None:

@@ -17,7 +17,6 @@ from gemma_gguf import gates, recipes
 from gemma_gguf.errors import BadInputError
 from gemma_gguf.gates import Closeness, closeness, comparable, difference, distance
 from gemma_gguf.manifest import FILE_NAME, FileEntry, Manifest, Measured, Quality, Similarity, Speed
-from gemma_gguf.recipes import Recipe
 
 NOTHING = "–"  # a cell of a row that is not made or not measured; its status says so
 T = TypeVar("T")
@@ -284,8 +283,7 @@ def name_and_link(entry: FileEntry, manifest: Manifest) -> tuple[str, str]:
 
 
 def _missing_row(recipe: str, manifest: Manifest, words: NullTranslations) -> Row:
-    custom = {own.name: Recipe(own.name, own.ftype, own.about, tuple(own.flags)) for own in manifest.custom_recipes}
-    known = recipes.TABLE.get(recipe) or custom.get(recipe)
+    known = manifest.row(recipe)
     return Row(
         name=f"{manifest.stem}-{recipe}.gguf",
         link=None,

@@ -20,6 +20,7 @@ from gemma_gguf.manifest import (
     ContextFacts,
     ContextMemory,
     Coverage,
+    CustomRecipe,
     EmbeddingFacts,
     Evidence,
     Failed,
@@ -36,12 +37,14 @@ from gemma_gguf.manifest import (
     PromptFacts,
     QatFacts,
     Quality,
+    RefreshFacts,
     RemotePlace,
     Sampling,
     Speed,
     StageRecord,
     Support,
 )
+from gemma_gguf.recipes import TABLE, Recipe
 from tests.examples import STEM, example, failed, qat, sha
 
 REPAIR = "Restore it, or delete it and run the same command again: the set is made anew."
@@ -550,6 +553,32 @@ def test_with_file_adds_one_of_another_recipe() -> None:
     before = example()
     new = before.files[3].model_copy(update={"name": "other.gguf", "recipe": "Q3_K_M"})
     assert before.with_file(new).files == [*before.files, new]
+
+
+def test_a_row_is_the_tables_or_the_sets_own() -> None:
+    own = CustomRecipe(name="MINE", ftype="Q4_K_M", about="mine", flags=["--tensor-type", "ffn_down=q6_k"])
+    same = own.model_copy(update={"name": "Q8_0"})
+    made = example().model_copy(update={"custom_recipes": [own, same]})
+    assert made.row("MINE") == Recipe("MINE", "Q4_K_M", "mine", ("--tensor-type", "ffn_down=q6_k"))
+    assert made.row("Q8_0") == TABLE["Q8_0"]
+    assert made.row("Q9_0") is None
+
+
+@pytest.mark.parametrize(
+    ("state", "other_build", "begun"), [("applying", "", True), ("applying", "x", False), ("applied", "", False)]
+)
+def test_a_refresh_was_begun_if_it_did_not_end(state: str, other_build: str, begun: bool) -> None:
+    made = example()
+    done = RefreshFacts(
+        before=made.llama_cpp,
+        build=made.llama_cpp,
+        state=state,  # type: ignore[arg-type]
+        files={},
+        evidence_builds=[],
+    )
+    made = made.model_copy(update={"refresh": done})
+    assert made.begun_refresh(made.llama_cpp.key + other_build) == (done if begun else None)
+    assert example().begun_refresh(made.llama_cpp.key) is None
 
 
 def test_with_stage_replaces_and_adds() -> None:
